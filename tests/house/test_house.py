@@ -189,6 +189,17 @@ def test_the_rule_about_writers_sees(line: str, tmp_path: Path) -> None:
     assert len(list(writes(file))) == 1
 
 
+HOT = [f for f in SOURCES if f.relative_to(PACKAGE).parts[0] in {"stages", "kernels", "hooks", "adapters", "drafters"}]
+
+
+@pytest.mark.parametrize("file", sorted({*HOT, *METHODS}), ids=lambda f: f"{f.parent.name}-{f.stem}")
+def test_no_copy_to_a_device_makes_the_host_wait(file: Path) -> None:
+    """`stages.uploaded` makes a tensor of numbers without that."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor"):
+            assert not any(word.arg == "device" for word in node.keywords), f"line {node.lineno}: use uploaded"
+
+
 @pytest.mark.parametrize("file", METHODS, ids=relative)
 def test_methods_know_no_model(file: Path) -> None:
     assert not re.search(r"model_type|ForConditionalGeneration|ForCausalLM", file.read_text(encoding="utf-8"))

@@ -44,6 +44,8 @@ class Recorder(TorchFunctionMode):
         if kind and where:
             self.found[kind, where] += 1
         out = function(*args, **kwargs)
+        if function.__name__ == "cpu":
+            return out.as_subclass(Tensor)
         made = kwargs.get("device") is not None and function.__name__ in MAKE
         moved = function.__name__ == "to" and any(isinstance(a, (torch.device, Tensor)) for a in args[1:])
         return out.as_subclass(OnDevice) if type(out) is Tensor and (made or moved) else out

@@ -14,7 +14,7 @@ from torch import Tensor
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.layer_kinds import FULL, SLIDING, kinds_of
 from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout, pixels_of
-from vtoken.stages import FACTS
+from vtoken.stages import FACTS, uploaded
 
 # Attention, full or in sliding windows, and layers without positions, which run on a pruned prompt as on a short one.
 KINDS_OF_LAYERS = {FULL, SLIDING, "linear_attention", "conv"}
@@ -229,7 +229,7 @@ class Adapter(ABC):
             if ids is not None:
                 here = ids == placeholder
             else:
-                row = self.outer.get_input_embeddings()(torch.tensor(placeholder, device=given.device))
+                row = self.outer.get_input_embeddings()(uploaded([placeholder], given.device))
                 here = (given == row).all(-1)
             code = 1 + KINDS.index(kind)
             marked = here.to(torch.uint8) if code == 1 else here * torch.tensor(code, dtype=torch.uint8)

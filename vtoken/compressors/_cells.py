@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,20 +12,19 @@ from vtoken.stages import Keep, Parts, VisualTokens, size_of
 
 
 def pooled(tokens: VisualTokens, sides: Sequence[int]) -> Keep:
-    """Merges the tokens of each cell into one, at the place of the first. `sides`: side of each image's cells, in
-    tokens of the unpruned raster."""
-    index, into, start = [], [], 0
-    lengths: list[int] = []
-    for n, parts, side in zip(tokens.lengths, tokens.parts, sides, strict=True):
-        _, cell = torch.unique(_cells(tokens.raster_index[start : start + n], parts, side), return_inverse=True)
-        m = int(cell.max()) + 1 if n else 0
-        arange = torch.arange(n, device=cell.device)
-        first, order = torch.full_like(arange[:m], n).scatter_reduce_(0, cell, arange, "amin").sort()
-        index.append(first + start)
-        into.append(torch.argsort(order)[cell] + sum(lengths))
-        lengths.append(m)
-        start += n
-    return Keep(torch.cat(index), tuple(lengths), torch.cat(into))
+    """Merges the tokens of each cell into one, at the place of the first. Waits for the device once, where tokens were
+    dropped before. `sides`: side of each image's cells, in tokens of the unpruned raster."""
+    cells = [cells_in(parts, side) for parts, side in zip(tokens.parts, sides, strict=True)]
+    places = zip(tokens.raster_index.split(tokens.lengths), tokens.parts, sides, strict=True)
+    before = accumulate(cells, initial=0)
+    cell = torch.cat([_cells(*each) + n for each, n in zip(places, before, strict=False)])
+    own = torch.arange(len(cell), device=cell.device)
+    first = torch.full_like(own, len(own))[:1].repeat(sum(cells)).scatter_reduce_(0, cell, own, "amin")
+    lengths = tuple(cells)
+    if any(n < size_of(parts) for n, parts in zip(tokens.lengths, tokens.parts, strict=True)):
+        lengths = tuple(torch.stack([(each < len(own)).sum() for each in first.split(cells)]).tolist())
+    first, order = first.sort()
+    return Keep(first[: sum(lengths)], lengths, order.argsort()[cell])
 
 
 def cells_in(parts: Parts, side: int) -> int:

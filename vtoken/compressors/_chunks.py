@@ -64,4 +64,4 @@ def pooled(frame: Tensor, per: int, size: int) -> Chunks:
     goes_to[slots], weight[slots] = slots[middle[of]], 1 / sizes[of]
     numbers = visual.div(per, rounding_mode="floor")
     _, chunk[slots], tokens = numbers.unique_consecutive(return_inverse=True, return_counts=True)
-    return Chunks(*(x.to(device) for x in (chunk, goes_to, weight, tokens)))
+    return Chunks(*(x.to(device, non_blocking=True) for x in (chunk, goes_to, weight, tokens)))

@@ -27,6 +27,7 @@ from vtoken.stages import (
     offsets_of,
     place_in_image,
     size_of,
+    uploaded,
 )
 
 
@@ -118,7 +119,7 @@ def merge(pairs: Pairs, lengths: Sequence[int], taken: Sequence[int], places: Te
         rest = ranked[:, most:].sort(1).values if pairs.lead or anew else ranked[:, most:]
         return Merged(rows, into, into[torch.cat([pairs.a.gather(1, rest), pairs.b], 1).flatten()])
     device, sides = ranked.device, (pairs.a, pairs.b)
-    count = torch.tensor(taken, device=device)[:, None]
+    count = uploaded(taken, device)[:, None]
     across_a, across_b = (torch.arange(side.shape[1], device=device).expand_as(side) for side in sides)
     nth = torch.empty_like(ranked).scatter_(1, ranked, across_a)
     home = torch.arange(sum(lengths) + 1, device=device)

@@ -41,7 +41,7 @@ class Important(BaseModel):
 
     def _important(self, attention: QueryAttention, text: Tensor) -> Tensor:
         n, device = len(text), text.device
-        slots, at = torch.arange(n, device=device), self.queries(n).to(device)
+        slots, at = torch.arange(n, device=device), self.queries(n).to(device, non_blocking=True)
         parts = [rows_at(q, k, at, attention.scale).sum((0, 1)) for q, k in attention.heads()]
         received = torch.stack(parts).double().sum(0) / len(attention.q)
         enough = (received.sort(descending=True).values.cumsum(0) < self.tau * len(at)).sum() + 1

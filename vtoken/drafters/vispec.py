@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.read_prompt import ReadPrompt
+from vtoken.stages import uploaded
 
 GUESSES = 4  # the authors' tree of depth 3 is four tokens deep
 
@@ -182,7 +183,7 @@ class ViSpecChain:
         row = self.module.rows(self.module.embed(token), self.out, self.seen)
         # Behind the rows that are sure come `guessed` more.
         guessed = self.k.shape[1] - self.sure
-        return self._layer(row, torch.tensor([self.end + guessed], device=row.device))
+        return self._layer(row, uploaded([self.end + guessed], row.device))
 
     def _sure(self, rows: Tensor, places: Tensor) -> Tensor:
         self.sure += len(rows)

@@ -54,7 +54,7 @@ def packed(chosen: Tensor, worth: Tensor, lengths: Sequence[int], counts: Sequen
     """[ΣK] packed positions of the first K_i `chosen` [images, most] of every image. Where nothing was left to gain
     (`worth` is False from then on), the first tokens not yet taken are used instead."""
     images, most = chosen.shape
-    ends = torch.tensor([lengths, counts], device=chosen.device)[:, :, None]
+    ends = torch.tensor([lengths, counts]).to(chosen.device, non_blocking=True)[:, :, None]
     worth = worth & (torch.arange(most, device=chosen.device) < ends[1])
     longest = max(lengths)
     taken = (torch.arange(longest + 1, device=chosen.device) >= ends[0]).scatter(1, chosen.where(worth, longest), True)

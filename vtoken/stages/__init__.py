@@ -11,7 +11,7 @@ from vtoken.stages.attention import (
     everything,
     with_own,
 )
-from vtoken.stages.base import NAMES_FILE, Compressor, OtherModel, Pruner, Stage, Unmerging, keep_all
+from vtoken.stages.base import NAMES_FILE, Compressor, OtherModel, Pruner, Stage, Unmerging, keep_all, keep_where
 from vtoken.stages.budget import Budget
 from vtoken.stages.cache import (
     CachedLayer,
@@ -40,6 +40,7 @@ from vtoken.stages.tokens import (
     image_of,
     offsets_of,
     place_in_image,
+    positions,
     segments_of,
     size_of,
     uploaded,

@@ -209,7 +209,7 @@ class DenseSubset:
     def density(self) -> Tensor:
         """[] computed share of all causal scores."""
         share = len(self.index) * (len(self.index) + 1) / (self.length * (self.length + 1))
-        return torch.tensor(share, dtype=torch.float32, device=self.index.device)
+        return torch.full((), share, device=self.index.device)
 
 
 def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ from vtoken.kernels import merge_tokens, topk_tokens
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Fact, Site
 from vtoken.stages.layer_size import LayerSize
-from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
+from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, positions, segments_of, uploaded
 
 Unmerging = Literal["expanded", "merged"]
 KEEP = "tokens that stay: 64 or 25% of every image, {total: 640} of a sample, {per_frame: 32}, {per_crop: 64}"
@@ -221,7 +221,7 @@ class Pruner(Stage):
         """[ΣN] frame (per_frame) or crop (per_crop) of each token; an image of the other kind counts as one segment."""
         assert tokens.segment is not None
         video = [len(parts) == 1 for parts in tokens.parts]
-        wanted = torch.tensor([v == (self.keep.per == "per_frame") for v in video], device=tokens.x.device)
+        wanted = uploaded([v == (self.keep.per == "per_frame") for v in video], tokens.x.device, torch.bool)
         return torch.where(wanted[image_of(tokens.lengths, tokens.x.device)], tokens.segment, 0)
 
     def expected_counts(
@@ -264,3 +264,11 @@ class Compressor(Stage):
 def keep_all(tokens: VisualTokens) -> Keep:
     """The identity decision."""
     return Keep(torch.arange(len(tokens.x), device=tokens.x.device), tokens.lengths)
+
+
+def keep_where(tokens: VisualTokens, mask: Tensor) -> Keep:
+    """The decision that the tokens stay for which the mask [ΣN] is True. Waits for the device once."""
+    sums = mask.new_zeros(len(tokens.lengths), dtype=torch.int64)
+    lengths = sums.index_add_(0, image_of(tokens.lengths, mask.device), mask.long()).tolist()
+    same = tuple(lengths) == tokens.lengths
+    return keep_all(tokens) if same else Keep(positions(mask, sum(lengths)), tuple(lengths))

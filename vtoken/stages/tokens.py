@@ -94,10 +94,16 @@ def size_of(parts: Parts) -> int:
     return sum(t * h * w for t, h, w in parts)
 
 
-def uploaded(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """[len] on the device. Unlike `torch.tensor(values, device=device)`, it does not make the host wait for the
-    device."""
+def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The values as a tensor on the device. Unlike `torch.tensor(values, device=device)`, it does not make the host wait
+    for the device."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def positions(mask: Tensor, count: int) -> Tensor:
+    """[count] where the mask [N] is True, ascending: as nonzero(), for a host that knows how often it is, and need not
+    ask the device."""
+    return mask.byte().argsort(descending=True, stable=True)[:count]
 
 
 def offsets_of(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtoken.compressors.attention._heads import Heads, read
 from vtoken.kernels import topk_tokens
-from vtoken.stages import NAMES_FILE, offsets_of, uploaded
+from vtoken.stages import NAMES_FILE, image_of, offsets_of, uploaded
 from vtoken.stages.budget import Budget
 from vtoken.stages.steering import SteeredAttention, SteeredLayer
 
@@ -91,7 +91,7 @@ class Amplify(SteeredAttention):
                 before = mean[-1:]
         lengths = [len(slots) for _, slots in layer.images]
         at, row = torch.cat([slots for _, slots in layer.images]), [row for row, _ in layer.images]
-        of = torch.tensor(row, device=at.device).repeat_interleave(torch.tensor(lengths, device=at.device))
+        of = uploaded(row, at.device)[image_of(lengths, at.device)]
         chosen = topk_tokens(gains[of, at], offsets_of(lengths, at.device), list(self.keep.counts(lengths, row)))
         out[of[chosen], at[chosen]] = True
         return out

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.compressors._streaming_heads import StreamingHeads
+from vtoken.stages import uploaded
 from vtoken.stages.cache import CachedLayer, CacheStage, HeadClasses, HeadSlots
 from vtoken.stages.layer_size import LayerSize
 
@@ -60,7 +61,7 @@ class StreamingCache(StreamingHeads, CacheStage):
             mine = [h for h, s in enumerate(streams) if s is streaming]
             if mine:
                 window = self.recent if streaming else None
-                index = torch.tensor(mine, device=order.device)
+                index = uploaded(mine, order.device)
                 classes.append(HeadSlots(index, slots, latest, window, streaming and self.compensate))
         return HeadClasses(tuple(classes))
 

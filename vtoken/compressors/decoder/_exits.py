@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtoken.stages import Keep, VisualTokens, image_of, keep_all
+from vtoken.stages import Keep, VisualTokens, image_of, keep_all, positions, uploaded
 
 
 def last_of(row: Sequence[int]) -> list[int]:
@@ -26,7 +26,7 @@ def behind_all(tokens: VisualTokens) -> list[Tensor]:
 
 def mass(tokens: VisualTokens, attention: Tensor) -> Tensor:
     """[images] attention [ΣN] summed over all images of each image's row."""
-    row = torch.tensor(tokens.row, dtype=torch.long, device=attention.device)
+    row = uploaded(tokens.row, attention.device)
     token = row[image_of(tokens.lengths, attention.device)]
     return attention.new_zeros(max(tokens.row, default=0) + 1).index_add_(0, token, attention)[row]
 
@@ -41,5 +41,6 @@ def leave(tokens: VisualTokens, gone: Sequence[bool]) -> Keep:
     """The decision that these images lose all tokens and the others stay unchanged."""
     if not any(gone):
         return keep_all(tokens)
-    stay = torch.tensor([not g for g in gone], device=tokens.x.device)[image_of(tokens.lengths, tokens.x.device)]
-    return Keep(stay.nonzero()[:, 0], tuple(0 if g else n for g, n in zip(gone, tokens.lengths, strict=True)))
+    stay = uploaded([not g for g in gone], tokens.x.device, torch.bool)[image_of(tokens.lengths, tokens.x.device)]
+    lengths = tuple(0 if g else n for g, n in zip(gone, tokens.lengths, strict=True))
+    return Keep(positions(stay, sum(lengths)), lengths)

@@ -8,13 +8,24 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from vtoken.compressors._cells import cells_in, pooled
 from vtoken.compressors._files import Weights
 from vtoken.compressors.decoder._exits import asked, last_of
 from vtoken.compressors.decoder._routers import Router, chances, routers
-from vtoken.stages import NAMES_FILE, Compressor, Fact, Fused, Keep, Parts, Site, VisualTokens, image_of, keep_all
+from vtoken.stages import (
+    NAMES_FILE,
+    Compressor,
+    Fact,
+    Fused,
+    Keep,
+    Parts,
+    Site,
+    VisualTokens,
+    image_of,
+    keep_all,
+    uploaded,
+)
 
 
 class DPNRouted(Compressor):
@@ -106,11 +117,11 @@ class DPNRouted(Compressor):
         if not which:
             return keep_all(tokens)
         texts, factor = tokens.fact("later_text"), [1.0] * len(last)
-        best, at = chances(router, torch.stack([texts[k][-self.read :].float().mean(0) for k in which])).max(-1)
-        chosen = dict(zip(which, zip(best.tolist(), at.tolist(), strict=True), strict=True))
+        best = chances(router, torch.stack([texts[k][-self.read :].float().mean(0) for k in which])).max(-1)
+        chosen = dict(zip(which, torch.stack([best.values, best.indices], 1).tolist(), strict=True))
         for i, k in enumerate(last):
             if k in chosen:
-                factor[i], sides[i] = chosen[k][0], sides[i] * sizes[chosen[k][1]]
+                factor[i], sides[i] = chosen[k][0], sides[i] * sizes[int(chosen[k][1])]
         keep = pooled(tokens, sides)
         return Keep(keep.index, keep.lengths, keep.into, fused=self._scaled(keep, factor, tokens.x.device))
 
@@ -120,7 +131,7 @@ class DPNRouted(Compressor):
 
     def _scaled(self, keep: Keep, factor: list[float], device: torch.device) -> Fused:
         image = image_of(keep.lengths, device)
-        each: Tensor = torch.tensor(factor, device=device)[image]
+        each = uploaded(factor, device, torch.float32)[image]
         return Fused(torch.arange(len(image), device=device), each, largest=True)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:

@@ -10,7 +10,19 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from vtoken.stages import Compressor, Grid, Keep, Parts, Site, VisualTokens, image_of, keep_all, offsets_of, size_of
+from vtoken.stages import (
+    Compressor,
+    Grid,
+    Keep,
+    Parts,
+    Site,
+    VisualTokens,
+    image_of,
+    keep_all,
+    keep_where,
+    offsets_of,
+    size_of,
+)
 from vtoken.stages.budget import Budget
 
 
@@ -63,8 +75,8 @@ class Resize(Compressor):
         if tuple(full) == tokens.lengths:
             return Keep(mask.nonzero()[:, 0].to(device, non_blocking=True), tuple(map(size_of, wanted)))
         image = image_of(tokens.lengths, device)
-        stay = mask.to(device)[tokens.raster_index + offsets_of(full, device)[:-1][image]]
-        return Keep(stay.nonzero()[:, 0], tuple(int(part.sum()) for part in stay.split(tokens.lengths)))
+        stay = mask.to(device, non_blocking=True)[tokens.raster_index + offsets_of(full, device)[:-1][image]]
+        return keep_where(tokens, stay)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

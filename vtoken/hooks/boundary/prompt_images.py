@@ -24,7 +24,7 @@ from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.prompt_text import answered
 from vtoken.hooks.state.run import segments
 from vtoken.hooks.state.token_history import TokenHistory
-from vtoken.stages import Keep, image_of, place_in_image
+from vtoken.stages import Keep, image_of, place_in_image, positions
 
 
 @dataclass(frozen=True)
@@ -156,4 +156,4 @@ def unmasked(whole: LiveTokens, new: Tensor, adapter: Any) -> LiveTokens:
     counts = whole.image.new_zeros(len(whole.lengths)).index_add_(0, whole.image, shown.to(whole.image)).tolist()
     if adapter.mrope and any(0 < n < length for n, length in zip(counts, whole.lengths, strict=True)):
         raise UnsupportedError(HIDDEN)
-    return whole.after(Keep(shown.nonzero()[:, 0], tuple(counts)))
+    return whole.after(Keep(positions(shown, sum(counts)), tuple(counts)))

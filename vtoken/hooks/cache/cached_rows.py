@@ -13,6 +13,7 @@ from vtoken.hooks.state.left_padding import left_padded, take
 from vtoken.hooks.state.prompt_rows import PromptRow
 from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer, adopt
+from vtoken.stages import uploaded
 from vtoken.stages.quantized import QuantizedKV
 
 
@@ -27,7 +28,7 @@ def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotM
     past = total - max(row.prompt + row.tail for row in rows)
     starts = [prompt_in(row, total).start for row in rows]
     padded = [[-1] * (longest - len(c)) + [start + i for i in c] for start, c in zip(starts, columns, strict=True)]
-    index = torch.tensor(padded, device=before.logical.device)
+    index = uploaded(padded, before.logical.device)
     new = take(before.logical, index.clamp(min=0), 1).masked_fill(index < 0, -1)
     logical = torch.cat([before.logical[:, :past], new], 1)
     return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)

@@ -162,7 +162,7 @@ def _tails_again(
     """
     (k, v), new = kv, max(flow.tails)
     slots = k.shape[2] - past
-    length = torch.tensor([row.stay + row.tail for row in rows], device=k.device)
+    length = uploaded([row.stay + row.tail for row in rows], k.device)
     real = torch.arange(slots, device=k.device) >= slots - length[:, None]
     before = real.new_ones(len(k), past) if flow.key_mask is None else flow.key_mask[:, :past].bool().to(k.device)
     visible = torch.cat([before, real], 1)[:, None, None].repeat(1, 1, new, 1)

@@ -119,8 +119,8 @@ class CachedImages:
         return GroupSlots(
             start,
             logical.shape[1],
-            pad(visual, batch_first=True).to(device),
-            pad(text, batch_first=True, padding_value=-1).to(device),
+            pad(visual, batch_first=True).to(device, non_blocking=True),
+            pad(text, batch_first=True, padding_value=-1).to(device, non_blocking=True),
             lengths,
             texts,
             tuple(budgets),

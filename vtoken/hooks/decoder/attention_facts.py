@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.state.prefill_state import PrefillState
-from vtoken.hooks.state.prompt_text import text_before, text_slots
+from vtoken.hooks.state.prompt_text import text_at, text_before
 from vtoken.kernels import query_attention
-from vtoken.stages import image_of, offsets_of, uploaded
+from vtoken.stages import image_of, offsets_of, positions, uploaded
 
 CHUNK = 1 << 24  # attention scores that are in memory at once: 64 MiB
 
@@ -61,7 +61,7 @@ def last_query_attention(layer: LayerAttention) -> Tensor:
     flow = layer.flow
     whole = flow.key_mask is None and flow.answer is None and layer.window is None
     key_mask = None if whole else layer.key_mask
-    return last_row(flow.of_last(layer.q, 2), layer.k, key_mask, flow.tails, layer.scale, layer.window)
+    return last_row(flow, flow.of_last(layer.q, 2), layer.k, key_mask, layer.scale, layer.window)
 
 
 def visual_attention(layer: LayerAttention) -> Tensor:
@@ -127,32 +127,35 @@ def attention_of_text(layer: LayerAttention, chosen: Sequence[Tensor] | None = N
     flow = layer.flow
     if chosen is None:
         return _per_image(layer, _behind(flow), _mean)
-    text = text_slots(flow)
-    queries = [text[row].nonzero()[:, 0][i.to(text.device)] for row, i in zip(flow.live.row, chosen, strict=True)]
+    text = text_at(flow)
+    queries = [
+        text[row][i.to(text[row].device, non_blocking=True)] for row, i in zip(flow.live.row, chosen, strict=True)
+    ]
     return _per_image(layer, queries, _mean)
 
 
 def last_row(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, tails: Sequence[int], scale: float, window: int | None = None
+    flow: PrefillState, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, window: int | None = None
 ) -> Tensor:
-    """[B, slots] attention of one query per row, head mean.
+    """[B, slots] attention of one query per row, head mean. Asks the device in a later turn, where rows differ.
 
     Args:
         q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
         key_mask: [B, slots] slots that hold something; None: all do, and none comes after the query.
-        tails: per row, how many slots at the end come after the query.
         window: slots that the query sees, its own among them; None: all up to its own.
     """
     if key_mask is None:
         batch, slots = len(k), k.shape[2]
         each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
         return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
-    key_mask = visible(key_mask, tails, window)
+    key_mask = visible(key_mask, flow.tails, window)
+    seen = [count - tail for count, tail in zip(flow.counts, flow.tails, strict=True)]
+    seen = key_mask.sum(1).tolist() if flow.past else [min(n, window or n) for n in seen]
+    at = positions(key_mask.flatten(), sum(seen))
+    keys = k.transpose(1, 2)[at // k.shape[2], at % k.shape[2]]
     one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
-    packed = query_attention(
-        q, k.transpose(1, 2)[key_mask], one_each, offsets_of(key_mask.sum(1).tolist(), k.device), scale
-    )
-    return packed.new_zeros(key_mask.shape).masked_scatter(key_mask, packed)
+    packed = query_attention(q, keys, one_each, offsets_of(seen, k.device), scale)
+    return packed.new_zeros(key_mask.numel()).index_copy_(0, at, packed).view(key_mask.shape)
 
 
 def visible(key_mask: Tensor, tails: Sequence[int], window: int | None) -> Tensor:
@@ -265,5 +268,5 @@ def _per_image(
 
 def _behind(flow: PrefillState) -> list[Tensor]:
     """Per image, slots of the text behind it."""
-    text = text_slots(flow)
-    return [text[row].nonzero()[n:, 0] for row, n in zip(flow.live.row, text_before(flow), strict=True)]
+    text = text_at(flow)
+    return [text[row][n:] for row, n in zip(flow.live.row, text_before(flow), strict=True)]

@@ -72,7 +72,7 @@ def next_layer_attention(
     scale, window = getattr(attention, "scaling", None) or attention.head_dim**-0.5, window_of(adapter.lm.config, k)
     if text:
         return attention_of_text(LayerAttention(flow, q, keys, keys, key_mask, scale, window))
-    return last_row(q[:, :, 0], keys, key_mask, flow.tails, scale, window)
+    return last_row(flow, q[:, :, 0], keys, key_mask, scale, window)
 
 
 def _heads(attention: Any, name: str, x: Tensor, *, gated: bool = False) -> Tensor:

@@ -84,7 +84,7 @@ class PrefillState(ForwardState):
         deepstack: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer;
             `deepstack_done` of them were added so far.
         answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any;
-            `tails` says how many they are per row; texts: text tokens of each row's prompt.
+            `tails` says how many they are per row; texts: text tokens of each row's prompt; before: see text_before.
         changed: something was dropped or merged.
         lag: [B] by how much more decode steps trail the model's count, since pictures were resized; None: none was.
         min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no
@@ -111,6 +111,7 @@ class PrefillState(ForwardState):
     answer: Tensor | None = None
     tails: list[int] = field(default_factory=list)
     texts: list[int] = field(default_factory=list)
+    before: list[int] | None = None
     labels: Tensor | None = None
     changed: bool = False
     lag: Tensor | None = None

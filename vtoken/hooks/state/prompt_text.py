@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.state.prefill_state import PrefillState
-from vtoken.stages import offsets_of
+from vtoken.stages import offsets_of, positions
 
 
 def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Tensor | None:
@@ -42,10 +42,14 @@ def text_slots(flow: PrefillState) -> Tensor:
     return text_columns(flow).gather(1, flow.index) & flow.valid
 
 
+def text_at(flow: PrefillState) -> list[Tensor]:
+    """Per row, the slots [T] of its text tokens in the current layout."""
+    return [positions(row, n) for row, n in zip(text_slots(flow), flow.texts, strict=True)]
+
+
 def text_of(flow: PrefillState, values: Tensor) -> list[Tensor]:
     """Per row, the values [B, P, ...] of its text tokens."""
-    at = text_slots(flow).to(values.device)
-    return [row[here] for row, here in zip(values, at, strict=True)]
+    return [row[at.to(values.device)] for row, at in zip(values, text_at(flow), strict=True)]
 
 
 def later_text(flow: PrefillState, values: Tensor) -> list[Tensor]:
@@ -55,10 +59,12 @@ def later_text(flow: PrefillState, values: Tensor) -> list[Tensor]:
 
 
 def text_before(flow: PrefillState) -> list[int]:
-    """Per image, how many of its row's text tokens stand before its last token."""
-    v = flow.raster
-    last = offsets_of(v.lengths, v.batch_row.device)[1:].long() - 1
-    return text_columns(flow).cumsum(1)[v.batch_row[last], v.column[last]].tolist()
+    """Per image, how many of its row's text tokens stand before its last token. Asks the device once."""
+    if flow.before is None:
+        v = flow.raster
+        last = offsets_of(v.lengths, v.batch_row.device)[1:].long() - 1
+        flow.before = text_columns(flow).cumsum(1)[v.batch_row[last], v.column[last]].tolist()
+    return flow.before
 
 
 def dropped_slots(flow: PrefillState) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtoken.kernels import query_attention
 from vtoken.kernels import received_attention as received_sums
-from vtoken.stages import Fact, offsets_of
+from vtoken.stages import Fact, offsets_of, positions, uploaded
 from vtoken.stages.facts import read_of
 
 OF_LAYER = read_of("encoder layer")
@@ -74,7 +74,10 @@ def value_attention(layer: EncoderLayer, fact: Fact) -> Tensor:
 def received_attention(layer: EncoderLayer, fact: Fact) -> Tensor:
     q, k = layer.multiplied
     bounds = offsets_of(layer.lengths, k.device) if layer.bounds is None else layer.bounds
-    return received(q, k, bounds, layer.scale, fact.above, layer.cls)
+    if not fact.above:
+        return mean_received(q, k, bounds, bounds, layer.scale)
+    lengths = layer.lengths if layer.bounds is None else bounds.diff().tolist()
+    return received_above(q, k, lengths, layer.scale, fact.above, layer.cls)
 
 
 def keys(layer: EncoderLayer, fact: Fact) -> Tensor:
@@ -114,22 +117,18 @@ def biased(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Te
     return torch.cat([q, torch.full_like(q[..., :1], 1 / scale)], -1), torch.cat([k, column], -1)
 
 
-def received(q: Tensor, k: Tensor, offsets: Tensor, scale: float, above: float, cls: bool) -> Tensor:
-    """[ΣM] attention that each token receives within its segment, `above` as in Fact. q, k [ΣM, H, d].
-
-    The queries that count are chosen by what they receive, so with `above` the device is asked how many they are.
-    """
-    everyone = mean_received(q, k, offsets, offsets, scale)
-    if not above:
-        return everyone
+def received_above(q: Tensor, k: Tensor, lengths: Sequence[int], scale: float, above: float, cls: bool) -> Tensor:
+    """[ΣM] attention that each token receives within its segment from the queries that `above` names, see Fact. q, k
+    [ΣM, H, d]. Asks the device once how many queries these are, as they are chosen by what they receive."""
+    offsets = offsets_of(lengths, k.device)
     chosen = []
-    for segment in everyone.split(offsets.diff().tolist()):
+    for segment in mean_received(q, k, offsets, offsets, scale).split(list(lengths)):
         patches = segment[int(cls) :]
-        mask = patches > above * patches.mean()
-        mask[patches.argmax()] = True
+        mask = (patches > above * patches.mean()).index_fill(0, patches.argmax()[None], True)
         chosen.append(torch.nn.functional.pad(mask, (int(cls), 0)))
     counts = torch.stack([mask.sum() for mask in chosen]).tolist()
-    return mean_received(q[torch.cat(chosen)], k, offsets_of(counts, k.device), offsets, scale)
+    queries = q[positions(torch.cat(chosen), sum(counts))]
+    return mean_received(queries, k, offsets_of(counts, k.device), offsets, scale)
 
 
 def mean_received(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
@@ -152,6 +151,6 @@ def one_query(q: Tensor, k: Tensor, lengths: Sequence[int], scale: float, cls: b
     elif cls:
         query = q[offsets[:-1]]
     else:
-        sizes = torch.tensor(lengths, device=q.device)
+        sizes = uploaded(lengths, q.device)
         query = torch.segment_reduce(q.float(), "mean", lengths=sizes, unsafe=True).to(q.dtype)
     return query_attention(query, k, offsets_of([1] * len(lengths), k.device), offsets, scale)

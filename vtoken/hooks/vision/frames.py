@@ -20,7 +20,7 @@ from vtoken.hooks.state.decide import STILLS, decide
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
+from vtoken.stages import Keep, Stage, VisualTokens, offsets_of, positions, uploaded
 
 SIDE = 16  # of a thumbnail
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
     token = tower.history.places
     start, image = offsets_of(chosen.frames, device)[:-1], tower.image[token]
     frame = torch.zeros_like(tower.image)
-    frame[token] = tower.history.raster_index // torch.tensor(each, device=device)[image] + start[image]
+    frame[token] = tower.history.raster_index // uploaded(each, device)[image] + start[image]
     for step in chosen.steps:
         before = tower.history.counts
         kept = torch.cat([p.to(device) + s for p, s in zip(step.kept, start, strict=True)])
@@ -112,7 +112,7 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
             n if len(p) == many else len(p) * tokens
             for p, many, tokens, n in zip(step.kept, chosen.frames, each, before, strict=True)
         )
-        keep = Keep(torch.isin(frame[token], kept).nonzero()[:, 0], lengths)
+        keep = Keep(positions(torch.isin(frame[token], kept), sum(lengths)), lengths)
         tower.history = tower.history.advance(keep)
         token = token[keep.index]
         tower.traces.append(traced(step, before, tower.history.kept(), unit, lengths))
@@ -129,9 +129,15 @@ def traced(
         tokens_in=list(before),
         tokens_out=[len(k) for k in kept],
         kept=list(kept),
-        frames=[p.tolist() for p in step.kept],
+        frames=on_host(step.kept),
         patches=[n * unit for n in tokens],
     )
+
+
+def on_host(parts: Sequence[Tensor]) -> list[list[int]]:
+    """The tensors as lists. Asks the device once."""
+    together = torch.cat(list(parts)).cpu() if parts else torch.empty(0)
+    return [part.tolist() for part in together.split([len(part) for part in parts])]
 
 
 def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int, unit: int) -> list[StageTrace]:
@@ -176,9 +182,8 @@ def expand_to_all_frames(tower: Any, chosen: Chosen, unit: int) -> None:
     starts = offsets_of(chosen.frames, torch.device("cpu")).tolist()
     tower.traces, alive = [], set(range(many))
     for step in chosen.steps:
-        left = {
-            start + p for start, raster_index in zip(starts, step.kept, strict=False) for p in raster_index.tolist()
-        }
+        stay = on_host(step.kept)
+        left = {start + p for start, places in zip(starts, stay, strict=False) for p in places}
         before, after = ([full * (frame in some) for frame in range(many)] for some in (alive, left))
         kept = [torch.arange(n) for n in after]
         tower.traces.append(traced(step, before, kept, unit, [len(p) * full for p in step.kept]))

@@ -21,7 +21,7 @@ from vtoken.hooks.state.run import ImageLayout, segments
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision.pixels import of_pictures
-from vtoken.stages import Grid, Keep, Parts, Stage, VisualTokens, place_in_image
+from vtoken.stages import Grid, Keep, Parts, Stage, VisualTokens, place_in_image, uploaded
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Smaller:
         each = [[t, h * side, w * side] for t, h, w in self.wanted]
         if len(like) != len(each):
             each = [[1, *size] for t, *size in each for _ in range(t)]
-        return torch.tensor(each, dtype=like.dtype, device=like.device)
+        return uploaded(each, like.device, like.dtype)
 
 
 def planned(stage: Stage, layouts: Sequence[ImageLayout], skipped: Sequence[bool], device: torch.device) -> Smaller:

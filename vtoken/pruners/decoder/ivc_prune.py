@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.pruners._pools import choose, top
 from vtoken.pruners.decoder._ivc_prune import weigh
-from vtoken.stages import Fact, Keep, Parts, Pruner, Site, VisualTokens
+from vtoken.stages import Fact, Keep, Parts, Pruner, Site, VisualTokens, keep_where
 from vtoken.stages.budget import Budget
 
 
@@ -97,7 +97,7 @@ class IVCPrune(Pruner):
         for rows in torch.arange(len(score), device=score.device).split(list(tokens.lengths)):
             best = top(score[rows], round(len(rows) * self.foreground))
             stay.append((key(rows) > 1).index_fill(0, best, True))
-        return Keep(torch.cat(stay).nonzero()[:, 0], tuple(int(image.sum()) for image in stay))
+        return keep_where(tokens, torch.cat(stay))
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
-from vtoken.stages import Keep, Site, Stage, VisualTokens, keep_all
+from vtoken.stages import Keep, Site, Stage, VisualTokens, keep_where
 from vtoken.stages.sinks import DIMS, massive, other_dims
 
 
@@ -53,8 +52,7 @@ class VarFilter(Stage):
             if n:
                 stay.index_fill_(0, start + strength[start : start + n].argmin()[None], True)
             start += n
-        lengths = tuple(torch.stack([s.sum() for s in stay.split(tokens.lengths)]).tolist())
-        return keep_all(tokens) if lengths == tokens.lengths else Keep(stay.nonzero()[:, 0], lengths)
+        return keep_where(tokens, stay)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         return 2 * sum(lengths) * width

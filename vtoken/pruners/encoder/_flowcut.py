@@ -9,7 +9,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from vtoken.stages import Keep, Parts, VisualTokens, image_of, offsets_of, size_of
+from vtoken.stages import Keep, Parts, VisualTokens, image_of, offsets_of, size_of, uploaded
 from vtoken.stages.budget import Budget
 
 
@@ -28,7 +28,7 @@ def losses(attention: Tensor, sizes: Sequence[int], target: Sequence[int], ahead
         ahead: layers from here to the last cut, at least 1.
     """
     both = torch.stack([attention, torch.special.entr(attention)], 1)
-    lengths = torch.tensor(sizes, device=both.device)
+    lengths = uploaded(sizes, both.device)
     sums = torch.segment_reduce(both, "sum", lengths=lengths, unsafe=True).tolist()
     return [loss(total, entropies, n, k, ahead) for (total, entropies), n, k in zip(sums, sizes, target, strict=True)]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from vtoken.pruners.frames._frames import products, unit
-from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, keep_all
+from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, keep_all, uploaded
 
 
 class FramesChanged(Stage):
@@ -54,7 +53,7 @@ class FramesChanged(Stage):
             start += n
         if counts == list(tokens.lengths):
             return keep_all(tokens)
-        return Keep(torch.tensor(kept, device=tokens.x.device), tuple(counts))
+        return Keep(uploaded(kept, tokens.x.device), tuple(counts))
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

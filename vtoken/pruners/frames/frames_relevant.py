@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtoken.pruners.frames import _relevance
 from vtoken.pruners.frames._frames import FramePruner
-from vtoken.stages import NAMES_FILE, Keep, VisualTokens, keep_all
+from vtoken.stages import NAMES_FILE, Keep, VisualTokens, keep_all, uploaded
 
 Given = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
@@ -82,7 +82,7 @@ class FramesRelevant(FramePruner):
             own = self.chosen(spread(next(given), n), k) if k < n else list(range(n))
             kept += [start + frame for frame in own]
             start += n
-        return Keep(torch.tensor(kept, device=tokens.x.device), counts)
+        return Keep(uploaded(kept, tokens.x.device), counts)
 
     def chosen(self, scores: Tensor, k: int) -> list[int]:
         if self.rule == "aks":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtoken.kernels import merge_tokens
-from vtoken.stages import image_of
+from vtoken.stages import image_of, uploaded
 
 
 class Groups(NamedTuple):
@@ -44,7 +44,7 @@ def grouped(
     device, own = place.device, torch.arange(len(place), device=place.device)
     frame = image_of(lengths, device)
     window = image_of([b - a + 1 for a, b in windows], device)[frame]
-    first = torch.tensor([a for a, _ in windows], device=device)
+    first = uploaded([a for a, _ in windows], device)
     stays = still[window, place]
     root = torch.where(stays, row[first[window], place], own)
     group = torch.where(stays, window, len(windows) + frame)

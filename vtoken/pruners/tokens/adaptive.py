@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.kernels import farthest_tokens, topk_tokens
 from vtoken.pruners._pools import choose_together, offsets_on_host
-from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of, uploaded
 
 
 class Adaptive(Pruner):
@@ -57,4 +57,4 @@ def relative_entropy(weights: Tensor, lengths: Sequence[int]) -> Tensor:
     sums = weights.new_zeros(len(lengths)).index_add_(0, pool, weights)
     share = weights / sums[pool]
     each = weights.new_zeros(len(lengths)).index_add_(0, pool, -torch.special.xlogy(share, share))
-    return each / torch.tensor(lengths, device=weights.device).clamp(min=2).log()
+    return each / uploaded(lengths, weights.device).clamp(min=2).log()

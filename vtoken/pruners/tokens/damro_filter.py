@@ -10,7 +10,19 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.stages import Fact, Keep, Parts, Site, Stage, VisualTokens, image_of, keep_all, offsets_of, segments_of
+from vtoken.stages import (
+    Fact,
+    Keep,
+    Parts,
+    Site,
+    Stage,
+    VisualTokens,
+    image_of,
+    keep_all,
+    keep_where,
+    offsets_of,
+    segments_of,
+)
 from vtoken.stages.budget import PER_SEGMENT
 
 
@@ -60,8 +72,7 @@ class DamroFilter(Stage):
             drop &= self._long(tokens)
         if not any(few):
             return keep_all(tokens)
-        lengths = (~drop).long().split(tokens.lengths)
-        return Keep((~drop).nonzero()[:, 0], tuple(torch.stack([n.sum() for n in lengths]).tolist()))
+        return keep_where(tokens, ~drop)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.stages import Keep, Pruner, VisualTokens, image_of, offsets_of, place_in_image
+from vtoken.stages import Keep, Pruner, VisualTokens, image_of, keep_where, offsets_of, place_in_image
 from vtoken.stages.budget import Budget
 
 FRAMES = 32  # frames compared at a time; bounds the memory
@@ -66,15 +66,15 @@ class DCoDe(Pruner):
         token[frame, at] = chosen
         owner = torch.cat([self._owners(tokens.x, some) for some in token.split(FRAMES)])
         absorber = token.gather(1, owner)[frame, at]
-        index = chosen[absorber == chosen].sort().values
-        lengths = torch.bincount(image_of(tokens.lengths, device)[index], minlength=len(tokens.lengths)).tolist()
-        if len(index) == len(chosen):
-            return Keep(index, tuple(lengths))
+        stay = torch.zeros_like(norm, dtype=torch.bool).index_put((chosen,), absorber == chosen)
+        keep = keep_where(tokens, stay)
+        if len(keep.index) == len(chosen):
+            return keep
         slot = torch.full_like(norm, -1, dtype=torch.long)
-        slot[index] = torch.arange(len(index), device=device)
+        slot[keep.index] = torch.arange(len(keep.index), device=device)
         into = torch.full_like(slot, -1)
         into[chosen] = slot[absorber]
-        return Keep(index, tuple(lengths), into)
+        return Keep(keep.index, keep.lengths, into)
 
     def _owners(self, x: Tensor, token: Tensor) -> Tensor:
         """[F, K] rank of the token that absorbs each of `token` [F, K], which are rows of x in order of falling norm;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.kernels import topk_tokens
 from vtoken.pruners.tokens._video import counts_of_videos, whole_videos
-from vtoken.stages import Keep, Parts, Pruner, VisualTokens, image_of, keep_all, size_of
+from vtoken.stages import Keep, Parts, Pruner, VisualTokens, image_of, keep_all, size_of, uploaded
 
 NEW = 255.0  # above any dissimilarity, which is at most 2
 
@@ -41,7 +41,7 @@ class EVS(Pruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         image, device = image_of(tokens.lengths, tokens.x.device), tokens.x.device
-        cells = torch.tensor([_frame(parts) for parts in tokens.parts], device=device)
+        cells = uploaded([_frame(parts) for parts in tokens.parts], device)
         cell = image * int(max(_frame(parts) for parts in tokens.parts)) + tokens.raster_index % cells[image]
         # The stable sort groups the tokens at one place, in the order of their frames.
         order = cell.argsort(stable=True)

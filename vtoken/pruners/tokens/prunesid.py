@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtoken.pruners._pools import choose
-from vtoken.stages import Fact, Keep, Pruner, VisualTokens
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens, uploaded
 
 
 class PruneSID(Pruner):
@@ -53,11 +53,11 @@ class PruneSID(Pruner):
             here = x[rows]
             weight, group = components(here, max(1, k // 4))
             score = weight if attention is None else attention[rows]
-            return rows[torch.tensor(self._shared(here, score, group, k), device=rows.device)]
+            return rows[self._shared(here, score, group, k)]
 
         return choose(self, tokens, pick)
 
-    def _shared(self, x: Tensor, score: Tensor, group: Tensor, k: int) -> list[int]:
+    def _shared(self, x: Tensor, score: Tensor, group: Tensor, k: int) -> Tensor:
         """The k rows of x [n, D] that stay, by `score` and `group` [n]."""
         n, factor = len(x), 18 * k / len(x)
         unit = normalize(x, dim=-1)
@@ -75,7 +75,7 @@ class PruneSID(Pruner):
         ranked = [free_first(of, close) for _, of in sorted(members.items())]
         counts = shares([len(of) for of, _ in ranked], [free for _, free in ranked], k)
         chosen = [place for (of, _), count in zip(ranked, counts, strict=True) for place in of[:count]]
-        return order[torch.tensor(chosen, device=order.device)].tolist()
+        return order[uploaded(chosen, order.device)]
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Two Gram matrices and a symmetric decomposition (about 9 n^3) per image; its segments are taken together."""

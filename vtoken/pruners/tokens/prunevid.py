@@ -13,7 +13,7 @@ from vtoken.kernels import merge_tokens
 from vtoken.pruners._dpc import density_peaks
 from vtoken.pruners.tokens._video import Folded, by_place, fold_videos, is_video
 from vtoken.pruners.tokens._windows import grouped, scenes
-from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, image_of
+from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, image_of, uploaded
 
 NEIGHBOURS = 7  # nearest rows that the density of a row is measured by
 FEW = 14  # groups of at most this many members are not merged
@@ -65,7 +65,7 @@ class PruneVid(Stage):
             window = image_of([b - a + 1 for a, b in windows], place.device)
             unit = normalize(table, dim=2)
             both = unit.new_zeros(len(windows), *unit.shape[1:]).index_add_(0, window, unit).square().sum(2)
-            frames = torch.tensor([b - a + 1 for a, b in windows], device=place.device)[:, None]
+            frames = uploaded([b - a + 1 for a, b in windows], place.device)[:, None]
             live = torch.zeros_like(row[: len(windows)]).index_add_(0, window, (row >= 0).long()) == frames
             still = live & (frames > 1) & ((both - frames) / (frames * (frames - 1)).clamp(min=1) > self.similarity)
             order, slot, sizes, values, members = grouped(x, row, place, lengths, windows, still)

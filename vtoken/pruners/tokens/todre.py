@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.kernels import farthest_tokens, topk_tokens
 from vtoken.pruners._pools import choose_together, offsets_on_host
-from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of, uploaded
 
 
 class ToDRE(Pruner):
@@ -66,6 +66,6 @@ class ToDRE(Pruner):
 
 def in_a_crop(tokens: VisualTokens) -> Tensor:
     """[ΣN] whether a token belongs to a crop of an anyres image; the downscaled whole does not count as a crop."""
-    several = torch.tensor([len(parts) == 2 for parts in tokens.parts], device=tokens.x.device)
+    several = uploaded([len(parts) == 2 for parts in tokens.parts], tokens.x.device, torch.bool)
     inside = several[image_of(tokens.lengths, tokens.x.device)]
     return inside & (tokens.segment > 0) if tokens.segment is not None else torch.zeros_like(inside)

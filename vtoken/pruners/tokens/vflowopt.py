@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtoken.kernels import topk_tokens
 from vtoken.pruners.tokens._vflowopt import cells_of, recycle
-from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of, keep_all, size_of
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of, keep_all, size_of, uploaded
 
 Rgb = Annotated[tuple[float, float, float], Field(strict=False)]
 
@@ -84,7 +84,7 @@ class VFlowOpt(Pruner):
     def entropy(self, pixels: Tensor) -> Tensor:
         """[ΣN] entropy in bits of the grey histogram of each token's pixels [ΣN, P]."""
         colours = pixels.float().unflatten(1, (self.merge, 3, -1))
-        mean, std = (torch.tensor(v, device=pixels.device)[:, None] for v in (self.mean, self.std))
+        mean, std = (uploaded(v, pixels.device, torch.float32)[:, None] for v in (self.mean, self.std))
         grey = ((colours * std + mean).mean(2) * 255).round().clamp(0, 255).long().flatten(1)
         count = torch.zeros(len(grey), 256, device=grey.device).scatter_add_(1, grey, torch.ones_like(grey).float())
         return torch.special.entr(count / grey.shape[1]).sum(1) / math.log(2)
