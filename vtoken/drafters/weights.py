@@ -65,13 +65,13 @@ def load(weights: str | os.PathLike[str], adapter: Adapter) -> ViSpec:
     """The module that drafts for a model, on the device of the model's head and in the model's dtype.
 
     Raises:
-        ConfigError: the file does not read; a tensor is missing, too many, of another shape or not of finite floats.
+        ConfigError: the file does not read; a tensor is missing, unknown, of another shape or not of finite floats.
         UnsupportedError: no such draft can serve this target, or the weights are for a target of another size.
     """
     check_target(adapter)
     path = found(weights)
     try:
-        # A file may mix dtypes, which `expect` refuses; in the end all are the model's.
+        # `expect` refuses mixed dtypes; a file may have them, as all become the model's.
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in opened(path)[1].items()}
         sizes = sizes_of(path, tensors, adapter)
         expect(path, tensors, sizes.shapes())

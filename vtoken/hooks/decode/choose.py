@@ -38,7 +38,7 @@ class SlotChooser:
         tap(context.handle, context.lm, self.attending, self._tap)
 
     def check(self, cache: Any) -> None:
-        """Refuses a prefill with images into a cache among whose tokens the stage cannot choose.
+        """Refuses caches from whose tokens the stage cannot choose, at a prefill with images.
 
         Raises:
             UnsupportedError: says why, and what to do.
