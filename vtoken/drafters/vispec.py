@@ -18,8 +18,8 @@ GUESSES = 4  # the authors' tree of depth 3 is four tokens deep
 
 
 class Sizes(NamedTuple):
-    """`width`, `heads` and `words` are the target's; `inner`: channels of the MLP; `queries`: what a picture becomes,
-    the global vector counted; `bias`: q, k and v have one."""
+    """`width` (D), `heads` and `words` are the target's. `inner`: channels of the MLP; `queries`: vectors that a
+    picture becomes, the global one among them; `bias`: whether q, k and v have one."""
 
     width: int
     heads: int
@@ -50,23 +50,22 @@ class Sizes(NamedTuple):
 class ViSpec(nn.Module):
     """ViSpec (Kang et al., 2025). https://arxiv.org/abs/2509.15235
 
-    A row of its layer is made of a token's embedding e and of the last hidden state h that the target had one token
-    before: fc [e; img_fc [h; g]]. Each picture is read by `queries` learned queries, which attend to its embeddings as
-    they enter the target: the last of them gives g of all text after the picture (0 before the first), the others take
-    the place of its rows, at its last positions. The layer normalises nothing in front of its attention; what it
-    returns goes to the target's head, and is h of the token that is guessed from it. Positions count the tokens of the
-    prompt as it was given, on one axis, also where the target's have three.
+    A row of its layer is fc [e; img_fc [h; g]]: e embeds a token, h is the target's last hidden state of the token
+    before, and g a global vector of the latest picture (0 before the first). `queries` learned queries attend to the
+    embeddings with which a picture enters the target. The last of them gives g for the text after the picture; the
+    others replace the picture's rows, at the last of their positions. The layer has no norm before its attention. What
+    it returns goes to the target's head, and is h in the row of the token guessed from it. Positions count the tokens
+    of the prompt as it was given, on one axis, also where the target's have three.
 
-    No model of transformers: it is driven by `ChainGenerator`, and gives chains of guesses; the authors verify trees of
-    30 tokens. Their code takes adjacent pictures for one, and puts the rows of several back by the lengths of the
-    first; here each is read by itself. It hands LLaVA-1.5 no picture in its evaluation, though its training does; here
-    it has them.
+    `ChainGenerator` drives it, not transformers. It guesses chains; the authors verify trees of 30 tokens. Their code
+    takes adjacent pictures for one, and puts the rows of several back by the lengths of the first; here each is read by
+    itself. Their evaluation gives LLaVA-1.5 no pictures, though their training does; here it has them.
 
     Args:
         sizes: of the weights.
-        target: the model that it drafts for; its embeddings and head are used, theirs are frozen copies.
+        target: drafted for. Its embeddings and head are used; the authors' files contain a frozen copy of the former.
         eps: of the norms of the target's decoder.
-        theta: base of its RoPE.
+        theta: base of the RoPE of the target's decoder.
     """
 
     def __init__(self, sizes: Sizes, target: Any, *, eps: float, theta: float) -> None:
@@ -83,7 +82,7 @@ class ViSpec(nn.Module):
         self.fc, self.img_fc = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
         self.imadpt = Adaptor(sizes)
         self.generation_config = GenerationConfig(num_assistant_tokens=GUESSES)
-        # In a tuple, so that they are no parts of this module.
+        # In a tuple, so that they do not become submodules.
         self._of_target = (target.get_input_embeddings(), target.get_output_embeddings())
 
     @property
@@ -91,11 +90,11 @@ class ViSpec(nn.Module):
         return self.fc.weight.device
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[n, D] of ids [n]."""
+        """Embeddings [n, D] of ids [n]."""
         return self.here(self._of_target[0](tokens))
 
     def logits(self, out: Tensor) -> Tensor:
-        """[V] of what the layer returned [D]."""
+        """Logits [n, V] of what the layer returned [n, D]."""
         found: Tensor = self._of_target[1](out)
         return found
 
@@ -103,7 +102,7 @@ class ViSpec(nn.Module):
         return x.to(self.fc.weight)
 
     def rows(self, embeds: Tensor, hidden: Tensor, seen: Tensor) -> Tensor:
-        """[n, D] of text: embeddings, hidden states and global vectors, [n, D] each."""
+        """Rows [n, D] of text, from embeddings, hidden states and global vectors, [n, D] each."""
         mixed = self.img_fc(torch.cat([hidden, seen], dim=-1))
         out: Tensor = self.fc(torch.cat([embeds, mixed], dim=-1))
         return out
@@ -112,7 +111,7 @@ class ViSpec(nn.Module):
         return ViSpecChain(self)
 
     def _supports_logits_to_keep(self) -> bool:
-        """Asked of every assistant by a model that is not its target, before `generate` can refuse."""
+        """A model that is not the target asks this of any assistant before `generate` can refuse."""
         return False
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -133,18 +132,20 @@ class Adaptor(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[queries, D] of embeddings [N, D]."""
+        """What the queries read, [queries, D], in embeddings [N, D]."""
         k, v = (split(each(x), self.q.shape[1]) for each in (self.k_proj, self.v_proj))
         out: Tensor = self.o_proj(attend(self.q.transpose(0, 1), k, v))
         return out
 
 
 class ViSpecChain:
-    """One `generate`: the keys and values of rows that are sure, and of the guesses after them.
+    """A `Chain`: what one `generate` keeps. A row is sure if its hidden state is the target's; rows of guesses follow.
 
     Attributes:
-        sure: rows whose hidden states are the target's; end: the place of the next token.
-        seen: [1, D] global vector of the picture that was read last.
+        sure: how many rows are sure.
+        end: place of the next row that will be sure.
+        seen: [1, D] global vector of the last picture of the prompt; 0 without pictures.
+        k, v: [H, n, d] keys and values of all rows, the keys with RoPE.
         out: [1, D] what the layer returned for the last row.
     """
 
@@ -154,6 +155,7 @@ class ViSpecChain:
         self.k = self.v = self.seen.new_zeros(module.heads, 0, module.fc.out_features // module.heads)
 
     def read(self, prompt: ReadPrompt, token: Tensor) -> Tensor:
+        """Logits [V] after the prompt and the first token [1] of the answer."""
         module, place = self.module, prompt.places.to(self.module.device)
         embeds = torch.cat([module.here(prompt.embeds), module.embed(token)])[1:]
         follows = torch.cat([place, place.new_tensor([prompt.length])])[1:]
@@ -164,7 +166,7 @@ class ViSpecChain:
         self.seen = known[-1:]
         seen = known[(follows[text, None] > lasts).sum(1)]
         rows = [module.rows(embeds[text], module.here(prompt.hidden)[text], seen), *(each[:-1] for each in read)]
-        # A row stands where the token does whose hidden state it has, and is read when the one after it is.
+        # A row stands where the token does whose hidden state it has; its order is that of the token after.
         back = torch.arange(-module.imadpt.q.shape[0] + 1, 0, device=place.device)
         order = torch.cat([follows[text], lasts.repeat_interleave(len(back))]).argsort(stable=True)
         places = torch.cat([place[text], (lasts[:, None] + back).clamp(min=0).flatten()])
@@ -172,6 +174,7 @@ class ViSpecChain:
         return self._sure(torch.cat(rows)[order], places[order])
 
     def verified(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits [V] after tokens [n] of the target, given the hidden state [n, D] before each; drops all guesses."""
         self.k, self.v = self.k[:, : self.sure], self.v[:, : self.sure]
         embeds = self.module.embed(tokens)
         rows = self.module.rows(embeds, self.module.here(hidden), self.seen.expand_as(embeds))
@@ -180,18 +183,19 @@ class ViSpecChain:
         return self._sure(rows, places)
 
     def ahead(self, token: Tensor) -> Tensor:
+        """Logits [V] after the latest guess [1]."""
         row = self.module.rows(self.module.embed(token), self.out, self.seen)
-        # Behind the rows that are sure come `guessed` more.
         guessed = self.k.shape[1] - self.sure
         return self._layer(row, uploaded([self.end + guessed], row.device))
 
     def _sure(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Logits [V] after sure rows [n, D] at places [n]."""
         self.sure += len(rows)
         return self._layer(rows, places)
 
     def _layer(self, x: Tensor, places: Tensor) -> Tensor:
-        """Logits [V] after the last of rows [n, D], which stand at these places. As there is one layer, nothing but
-        keys and values is ever read of the others."""
+        """Logits [V] after the last of rows [n, D] at places [n]. There is no second layer, so the other rows need
+        nothing but keys and values."""
         heads, theta, last = self.module.heads, self.module.theta, x[-1:]
         layer: Any = self.module.layers[0]
         attention, mlp = layer["self_attn"], layer["mlp"]
@@ -210,7 +214,7 @@ def split(x: Tensor, heads: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[n, H d] of queries [H, n, d], which see all keys."""
+    """Attention [n, H d] of queries [H, n, d], which see all keys."""
     return scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
 
 

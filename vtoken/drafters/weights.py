@@ -1,7 +1,7 @@
 """Trained weights of a draft: where they are, whether they fit a target, and the module that they make.
 
-Names and shapes are those of the state of the authors' module (compared with it once, on random weights), which their
-code saves and loads as it is. The published files themselves were not at hand.
+Names and shapes are those of the state dict of the authors' module, which their code saves and loads unchanged. They
+were compared once with that module on random weights, and never with the published files.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vtoken.hooks.call.pairing import check_states
 from vtoken.hooks.call.vocabularies import words
 
 FILE = "model.safetensors"
-EVERY = 61  # of so many rows of the embeddings one is compared
+EVERY = 61  # one row of the embeddings in so many is compared
 
 
 def found(weights: str | os.PathLike[str]) -> Path:
-    """The file: itself, that of a folder, or that of a repository on the Hub, downloaded once.
+    """The file that `weights` names: a file, a folder with one, or a repository on the Hub, downloaded once.
 
     Raises:
-        ConfigError: there is none, or it is no safetensors file.
+        ConfigError: there is none, it may not be read, or the Hub does not give it.
     """
     text = os.fspath(weights)
     if os.path.isdir(text):
@@ -46,6 +46,7 @@ def found(weights: str | os.PathLike[str]) -> Path:
 
 
 def on_hub(text: str) -> Path:
+    """The file of the repository owner/name or owner/name@revision."""
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = text.partition("@")
@@ -61,16 +62,16 @@ def on_hub(text: str) -> Path:
 
 @torch.inference_mode(False)
 def load(weights: str | os.PathLike[str], adapter: Adapter) -> ViSpec:
-    """The module that drafts for a model, on the device of the model's head and in its dtype.
+    """The module that drafts for a model, on the device of the model's head and in the model's dtype.
 
     Raises:
-        ConfigError: the file does not read, or a tensor is missing, one too many, or of another shape.
-        UnsupportedError: the target is of a kind that such drafts are not made for, or the weights are another one's.
+        ConfigError: the file does not read; a tensor is missing, unknown, of another shape or not of finite floats.
+        UnsupportedError: no such draft can serve this target, or the weights are for a target of another size.
     """
     check_target(adapter)
     path = found(weights)
     try:
-        # Mixed formats are as good as one: all become the target's.
+        # `expect` refuses mixed dtypes; a file may have them, as all become the model's.
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in opened(path)[1].items()}
         sizes = sizes_of(path, tensors, adapter)
         expect(path, tensors, sizes.shapes())
@@ -87,7 +88,7 @@ def load(weights: str | os.PathLike[str], adapter: Adapter) -> ViSpec:
 
 
 def check_target(adapter: Adapter) -> None:
-    """Refuses targets that cannot give a draft what it is trained to read, or whose head it could not use.
+    """Refuses targets that cannot give a draft what it was trained to read, or whose embeddings or head are offloaded.
 
     Raises:
         UnsupportedError: says why.
@@ -108,11 +109,11 @@ def check_target(adapter: Adapter) -> None:
 
 
 def sizes_of(path: Path, tensors: dict[str, Tensor], adapter: Adapter) -> Sizes:
-    """What the tensors are expected to be. Of their own they have the MLP's channels and the number of queries; the
-    rest is the target's.
+    """The sizes that the tensors must have. Channels of the MLP, number of queries and bias are read off the tensors;
+    the rest is the target's.
 
     Raises:
-        UnsupportedError: they are of another target's size.
+        UnsupportedError: the tensors are for a target of another size.
     """
     config = adapter.lm.config
     width, heads, size = config.hidden_size, config.num_attention_heads, words(adapter.model)
@@ -137,7 +138,7 @@ def sizes_of(path: Path, tensors: dict[str, Tensor], adapter: Adapter) -> Sizes:
 
 
 def _compare(path: Path, theirs: Tensor, embedding: Any) -> None:
-    """Warns of weights that were trained on another checkpoint of the same size."""
+    """Warns of weights that were trained for another checkpoint of the same size."""
     mine = embedding.weight[::EVERY].detach().float().cpu()
     if not torch.allclose(mine, theirs[::EVERY].float(), rtol=1e-2, atol=1e-6):
         warn(

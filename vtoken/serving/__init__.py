@@ -1,4 +1,4 @@
-"""The same pipeline in a serving engine; only `vtoken serve` imports this package."""
+"""The same pipeline in a serving engine; within vtoken, only `vtoken serve` imports this package."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class ClipLike:
 
     Attributes:
         depth, heads, scale, cls, feature_layers: as in Encoder, for the whole tower.
-        side: patches along the edge of a crop.
+        side: patches along the edge of a crop; aspect: the config's `vision_aspect_ratio`, if any.
     """
 
     def __init__(self, config: Any) -> None:

@@ -1,5 +1,4 @@
-"""What the models here ask of the engine: which of its modes conflict with a pipeline, and how much enters the tower at
-once."""
+"""What the models here ask of the engine: modes that go with a pipeline, and how much enters the tower at once."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Processor(Keyed, stock.LlavaMultiModalProcessor):
 
 
 def info_of(ctx: Any) -> Any:
-    """vLLM uses this class for Pixtral too."""
+    """`Info`; for Pixtral, which vLLM serves with the same model class, vLLM's own. Refuses Pixtral with a pipeline."""
     config = ctx.get_hf_config()
     if not isinstance(config.vision_config, PixtralVisionConfig):
         return Info(ctx)

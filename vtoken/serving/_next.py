@@ -42,7 +42,7 @@ def cut(config: Any, pipeline: Pipeline | None) -> Any:
 
 
 class Model(SimpleNamespace):
-    """A stand-in for a model: it only has a config."""
+    """A stand-in for a model: it has a config and, for packing, a newline."""
 
 
 class Packing(Anyres):

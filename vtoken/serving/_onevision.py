@@ -58,17 +58,17 @@ class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
         return full
 
     def _get_max_video_frames(self, max_tokens: int) -> int:
-        """Counts those of a dense video, because the frames of a pruned one are not limited."""
+        """How many frames of a dense video fit: the tokens of a pruned one may not grow with its frames at all."""
         newline = self._dense_video(0)
         return max(0, max_tokens - newline) // (self._dense_video(1) - newline)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        """As for the dense model: which picture keeps most tokens depends on the pipeline."""
+        """Those of the dense model, because which picture keeps most tokens depends on the pipeline."""
         config = self.get_hf_config()
         if plan.pipeline_of(config) is None:
             return None
         most, count = self.get_image_size_with_most_features(), stock.LlavaOnevisionProcessingInfo.get_num_image_tokens
-        # The size that vLLM names has most tokens in the usual grids, but not in all.
+        # The size that vLLM names has the most tokens with the usual crop grids, but not with all.
         sizes = [(most.height, most.width), *config.image_grid_pinpoints]
         image = max(count(self, image_width=width, image_height=height) for height, width in sizes)
         frames = self.get_num_frames_with_most_features(seq_len, mm_counts)

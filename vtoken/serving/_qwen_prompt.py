@@ -1,5 +1,4 @@
-"""Prompts of the Qwen-VLs in vLLM: as many placeholders as a pipeline keeps tokens, and the options that conflict with
-one."""
+"""Prompts of the Qwen-VLs in vLLM: one placeholder per kept token, and the options that conflict with a pipeline."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def decide(
                 index, history = found.keep.index, found.history
                 x, live = found.keep.embed(x, project), index if live is None else live[index]
         elif k + 1 < len(pipeline.stages) and pipeline.stages[k + 1].site == "encoder":
-            continue  # The tower is finished, with all its cuts.
+            continue  # All cuts in the tower are done: of its stages only the last can be checked.
         check_counts(stage, history.counts, [left[k] for left in planned])
     return x, history
 

@@ -34,11 +34,11 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     Returns:
         For each picture, in the order of the prompts, [K, D] in the model's dtype and on its device: merged and
             projected, including newline tokens that stay. vLLM takes `{"image": e[None]}` as `multi_modal_data`.
-            Version 0.32 stops working if the pictures of one step have different K.
+            vLLM 0.32 fails if the pictures of one step differ in K.
 
     Raises:
-        UnsupportedError: the model is not wrapped, belongs to another family, or has stages that act in the decoder or
-            its cache; the inputs hold no picture, or a video.
+        UnsupportedError: the model is not wrapped, belongs to another family, has positions other than compact, or
+            stages that act in the decoder or its cache; the inputs hold no picture, or a video.
     """
     session = _checked(model)
     if "video" in pictured(dict(inputs)):
@@ -79,7 +79,7 @@ def _checked(model: Any) -> Session:
     if session is None or session.boundary is None:
         raise UnsupportedError("the model is not wrapped with a pipeline that has stages: vtoken.wrap(model, ...)")
     family = session.adapter.model_type
-    # If tokens are numbered by rows and columns, vLLM derives the number of placeholders from the size of the picture.
+    # With M-RoPE, vLLM derives the number of placeholders from the size of the picture.
     taken = [name for name, served in plan.FAMILIES.items() if served.positions == "compact"]
     if family not in taken:
         raise UnsupportedError(

@@ -112,11 +112,8 @@ class OneModel(ModelManager):
 
 
 class Asked:
-    """The model as seen by one request; stores what its prefill kept of the prompt.
-
-    Another request may run before the `usage` of the answer is written, so the trace is read in the thread that
-    generates.
-    """
+    """The model as seen by one request; stores what its prefill kept of the prompt. The thread that generates reads the
+    trace, because another request may run before the `usage` of the answer is written."""
 
     def __init__(self, model: Any, traced: bool) -> None:
         self.wrapped, self.traced = model, traced

@@ -1,5 +1,5 @@
-"""The pipeline in a model's config, which part of it vLLM can serve, and how many tokens it keeps: all known before
-anything is encoded. Importing this file does not import torch."""
+"""The pipeline in a model's config, whether vLLM can serve it, and how many tokens it keeps: all known before anything
+is encoded. Importing this file does not import torch."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def check_model(pipeline: Pipeline, family: str, model_config: Any) -> None:
 
 
 def pictures_only(pipeline: Pipeline, family: str) -> bool:
-    """Whether videos cannot be served: text stands between frames, and some stage may not keep the same number of
-    tokens of each."""
+    """Whether videos cannot be served: text stands between their frames, and some stage may keep different numbers of
+    tokens of them."""
     by_frames = all(_per(stage) == "per_frame" for stage in pipeline.stages)
     return FAMILIES[family].frames_apart and not by_frames
 
@@ -170,11 +170,11 @@ def _before(pipeline: Pipeline) -> list[tuple[Stage, ...]]:
 
 
 def _known_beforehand(stage: Stage, before: Sequence[Stage], whole: bool) -> bool:
-    """Whether the number of kept tokens follows from the picture's size, as `counts` computes it. For stages inside the
-    tower, the last cut counts.
+    """Whether the number of tokens left by a stage follows from the picture's size, as `counts` computes it. Inside the
+    tower this is the number after the stage's last cut.
 
     Args:
-        whole: no padding was removed from crops.
+        before: stages that act earlier; whole: no padding was removed from crops.
     """
     if stage.counts_are_exact(whole=whole and not before):
         return True
@@ -184,7 +184,7 @@ def _known_beforehand(stage: Stage, before: Sequence[Stage], whole: bool) -> boo
 
 
 def _per(stage: Stage) -> str | None:
-    """The unit of its budget, "per_frame" or "per_crop", if it spends the same on each; else None."""
+    """The unit of the stage's budget, "per_frame" or "per_crop", if the stage spends the same on each; else None."""
     return stage.even_per()
 
 
@@ -248,7 +248,7 @@ def counts(pipeline: Pipeline, layout: ImageLayout) -> tuple[int, ...]:
     for stage in pipeline.stages:
         if segments is not None and _per(stage):
             budget = stage.keep  # type: ignore[attr-defined]
-            # A per_crop budget treats a video as one segment, a per_frame budget a picture.
+            # To a per_crop budget a video is one segment; to a per_frame budget a picture is.
             alike = (len(layout.parts) == 1) == (budget.per == "per_frame")
             segments = [min(n, budget.tokens) for n in segments] if alike else segments
             length = sum(segments) if alike else min(length, budget.tokens)
@@ -276,8 +276,7 @@ def placeholders(pipeline: Pipeline | None, layout: ImageLayout) -> int:
 
 
 def fingerprint(pipeline: Pipeline, prompt: list[int]) -> str:
-    """A digest of the pipeline and, if a stage reads it, of the prompt (token ids), for the key of every cached
-    picture."""
+    """A digest of the pipeline and, if a stage reads it, of the prompt's token ids, for the keys of cached pictures."""
     key = _written(pipeline) + (repr(prompt) if reads_text(pipeline) else "")
     return blake2b(key.encode(), digest_size=16).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Sparse prefill: a stage decides which keys are read, the model's own attention does everything else."""
+"""Sparse prefill: a stage decides which keys are read; projections, RoPE and cache stay the model's own."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vtoken.stages import Stage, uploaded
 from vtoken.stages.attention import DenseSubset, PrefillQK, SparseAttention, SparseMask, everything
 from vtoken.stages.query_attention import QueryAttention
 
-SIZE = 128  # block of what is read whole
-MAPS = 4 << 30  # bytes that maps of blocks may take
+SIZE = 128  # tokens of a block, where queries read everything
+MAPS = 4 << 30  # bytes that the maps of blocks of one layer may take
 WIDEST = 256  # head width that the kernel takes
 
 
@@ -91,7 +91,7 @@ class SparsePrefill:
 
 
 def skip_reason(flow: PrefillState, stage: SparseAttention, call: AttentionCall) -> str | None:
-    """Why this forward keeps the model's own attention."""
+    """Why the layer keeps the model's own attention in this forward; None: the stage acts."""
     if flow.skip_reason is not None:
         return flow.skip_reason
     if flow.past:
@@ -115,7 +115,7 @@ def suffixes(flow: PrefillState) -> bool:
 
 
 def _row(x: Tensor, flow: PrefillState) -> list[Tensor]:
-    """[H, n, d] of every row: what stands in the slots of this prefill (a static cache has more), without padding."""
+    """Per row, [H, n, d] without padding, of the slots of this prefill alone (a static cache has more)."""
     width = flow.index.shape[1]
     return [each[:, width - n : width] for each, n in zip(x, flow.counts, strict=True)]
 
@@ -137,7 +137,7 @@ def prompts(flow: PrefillState) -> list[int]:
 
 
 def _whole(q: Tensor) -> SparseMask:
-    """A row that reads everything."""
+    """The decision that queries [H, n, d] read everything."""
     n = q.shape[1]
     return SparseMask(SIZE, everything(len(q), n, n, SIZE, q.device))
 
@@ -188,8 +188,8 @@ def check(stage: SparseAttention, reads: SparseMask | DenseSubset, prompt: Prefi
 
 
 def check_maps(stage: SparseAttention, config: Any) -> None:
-    """Refuses blocks so small that their maps do not fit for the longest prompt of a decoder: a bool and an int32 for
-    every head, block of queries and block of keys.
+    """Refuses blocks so small that the maps of a layer exceed MAPS for the longest prompt of a decoder. They take a
+    bool and an int32 for every head, block of queries and block of keys.
 
     Raises:
         UnsupportedError: names the stage, and the least size that fits.
@@ -239,7 +239,7 @@ def check_attention(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) 
 
 
 def layers_left(stage: SparseAttention, depth: int, attending: Sequence[int]) -> list[int]:
-    """Where the stage acts, of a decoder of which these layers attend."""
+    """Layers in which the stage acts, of those that attend. Refuses `dense_layers` that do not exist or leave none."""
     wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
     layers = [k for k in stage.layers(depth) if k in attending]
     if wrong or not layers:

@@ -139,7 +139,7 @@ class Steering:
 
 
 def layer_for(stage: SteeredAttention, flow: ForwardState, call: AttentionCall) -> SteeredLayer:
-    """What the stage is given of a layer; asks it first what it marks there."""
+    """The layer as the stage is given it. Asks the stage for its marks first, where it makes them in this layer."""
     steered: Steered = flow.steered
     key = flow.group, call.q.device
     if key not in steered.seen:
@@ -194,16 +194,16 @@ def seen_by(flow: ForwardState, device: torch.device) -> Seen:
 
 
 def at(marks: Tensor, logical: Tensor) -> Tensor:
-    """[B, S] of marks [B, n] at logical positions; False at padding and after them."""
+    """[B, S] marks [B, n] at logical positions [B, S]; False at padding (-1) and from position n on."""
     marks = pad(marks.to(logical.device), (0, 1))
     return marks.gather(1, torch.where(logical < 0, marks.shape[1] - 1, logical.clamp(max=marks.shape[1] - 1)))
 
 
 def note(flow: ForwardState, stage: SteeredAttention, number: int, said: Tensor) -> None:
-    """Keeps what a stage says of the slots [B, P] of a prompt, by logical position.
+    """Keeps the marks of a stage on the slots [B, P] of a prompt, by logical position.
 
     Raises:
-        ValueError: it does not fit them.
+        ValueError: they are not bool [B, P].
     """
     if said.shape != flow.index.shape or said.dtype != torch.bool:
         raise ValueError(

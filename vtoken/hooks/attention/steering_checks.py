@@ -41,7 +41,7 @@ def thins(stage: Stage) -> bool:
 
 
 def check_steering(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) -> None:
-    """Refuses stages that steer attention which no layer can serve, and what cannot be combined with them.
+    """Refuses steering stages that no layer can serve, and stages that cannot be combined with them.
 
     Raises:
         UnsupportedError, OtherModelError: names the stages.

@@ -16,14 +16,14 @@ from vtoken.stages.decode import DecodeStage
 
 @dataclass(frozen=True)
 class GroupSlots:
-    """The slots of one layer group when the last prompt with visual tokens was read; all later ones are read.
+    """The slots of one layer group when the last prompt with visual tokens was read. Later slots are always read.
 
     Attributes:
         start: first layer of the group; end: how many slots there are.
-        visual: [B, V] slots that may be left out, 0 behind a row's last; text: [B, T] all others that hold a token, -1
+        visual: [B, V] slots that may be left out, 0 after a row's last; text: [B, T] all others that hold a token, -1
             after a row's last.
-        lengths, texts: how many these are of each row; budgets: how many of `lengths` a row may read.
-        asides: per row, why none may be left out; None: some may.
+        lengths, texts: how many slots of either kind each row has; budgets: how many of its `lengths` it may read.
+        asides: per row, why no slot may be left out; None: some may.
     """
 
     start: int
@@ -46,12 +46,12 @@ class GroupSlots:
         return len(set(zip(self.lengths, self.texts, self.budgets, self.asides, strict=True))) == 1
 
     def every(self, slots: int) -> list[int]:
-        """How many tokens each row reads that reads all of so many slots."""
+        """Per row, how many tokens it reads if it reads all of this many slots."""
         tail = slots - self.end
         return [n + t + tail for n, t in zip(self.lengths, self.texts, strict=True)]
 
     def rows(self, index: Tensor, order: Sequence[int]) -> GroupSlots:
-        """Of the rows `index` [B'], which are `order` on the host."""
+        """For batch rows `index` [B']. `order`: on the host, these rows or others with the same numbers of tokens."""
         names = ("lengths", "texts", "budgets", "asides")
         on_host: dict[str, Any] = {name: tuple(getattr(self, name)[r] for r in order) for name in names}
         return replace(self, visual=_picked(self.visual, index), text=_picked(self.text, index), **on_host)
@@ -59,14 +59,14 @@ class GroupSlots:
 
 @dataclass
 class CachedImages:
-    """Goes with a cache (`PrunedCache.images`).
+    """What a cache (as `PrunedCache.images`) knows of its images.
 
     Attributes:
         image: [B, logical] image that a position shows, numbered over all turns; -1: text, or a row that is read whole.
         entry: of the trace, which counts what is read.
         groups: see GroupSlots; worked out when they are asked for.
-        memory: layer -> what the stage keeps of it; shared: of the token in progress. before: layer at which the stage
-            acted last in it, -1 for none.
+        memory: layer -> what the stage keeps of it; shared: what is kept for the token in progress; before: last layer
+            at which the stage acted on that token, -1 for none.
     """
 
     image: Tensor
@@ -82,11 +82,11 @@ class CachedImages:
         self.entry.slots_read.append([])
 
     def interrupt(self, layer: int) -> None:
-        """Several tokens at once come to a layer: no choice stands any longer."""
+        """Several tokens at once enter a layer: its last choice is void."""
         self.memory.get(layer, {}).pop("last", None)
 
     def count(self, read: Sequence[int]) -> None:
-        """Adds what each row read in a layer."""
+        """Adds how many tokens each row read in a layer."""
         now = self.entry.slots_read[-1]
         self.entry.slots_read[-1] = [a + b for a, b in zip(now, read, strict=True)] if now else list(read)
 
@@ -98,7 +98,7 @@ class CachedImages:
         return self.groups[start]
 
     def _read(self, cache: PrunedCache, start: int, stage: DecodeStage) -> GroupSlots:
-        """The slots of the group that starts there. Asks the device."""
+        """The slots of the group from layer `start` on. Asks the device."""
         logical = cache.logical(start, self.image.shape[1])
         found = self.image.gather(1, logical.clamp(min=0)).masked_fill(logical < 0, -2).cpu()
         visual, text, budgets, asides = [], [], [], []

@@ -38,7 +38,7 @@ class SlotChooser:
         tap(context.handle, context.lm, self.attending, self._tap)
 
     def check(self, cache: Any) -> None:
-        """Refuses a prefill with images whose cache tokens cannot be chosen from.
+        """Refuses caches from whose tokens the stage cannot choose, at a prefill with images.
 
         Raises:
             UnsupportedError: says why, and what to do.
@@ -127,7 +127,7 @@ def step_of(images: CachedImages, group: GroupSlots, call: AttentionCall, key_ma
 
 
 def numbered(flow: PrefillState, before: CachedImages | None) -> Tensor:
-    """[B, logical] as `CachedImages.image`, with those of this prefill after what earlier ones left."""
+    """[B, logical] as `CachedImages.image`: images of earlier prefills, then those of this one."""
     image = torch.full(flow.new.shape, -1, dtype=torch.long, device=flow.new.device)
     shown, old = flow.started, image[:, :0] if before is None else before.image
     first = int(old.max()) + 1 if old.shape[1] else 0
@@ -141,7 +141,7 @@ def numbered(flow: PrefillState, before: CachedImages | None) -> Tensor:
 
 
 def slots_of(images: CachedImages, group: GroupSlots, choice: Choice, slots: int, real: Tensor | None) -> Tensor:
-    """[B, Hk, K] slots that are read, -1 for none: what was chosen, and in front of it text and all that came since."""
+    """[B, Hk, K] slots that are read, -1 for none: text, then all that came since the prompt, then what was chosen."""
     key = ("always", group.start)
     if key not in images.shared:
         tail = torch.arange(group.end, slots, device=group.text.device).expand(len(group.text), -1)
