@@ -12,7 +12,7 @@ from packing import tokens as packed
 
 from vtoken import registry
 from vtoken.hooks.vision import encoder_facts as facts
-from vtoken.stages import Fact, offsets_of, size_of
+from vtoken.stages import Fact, size_of
 
 
 def tokens(*args, received_attention, pixels=None, threshold=34.76, **options):
@@ -84,7 +84,8 @@ def calibration(stage):
     q, k = (torch.randn(12, heads, 4, generator=g) * 2 for _ in range(2))
     for cls in (False, True):
         for above in (0.0, 1.2, 50.0):
-            got = facts.received(q, k, offsets_of(held, q.device), 0.5, above, cls)
+            layer = facts.EncoderLayer({"q": q, "k": k}, held, 0.5, cls)
+            got = facts.compute(Fact("received_attention", above=above), layer)
             for start, n in ((0, 7), (7, 5)):
                 a = torch.stack([(q[start : start + n, h].double() @ k[start : start + n, h].double().T * 0.5).softmax(1) for h in range(heads)]).mean(0)  # fmt: skip
                 mean = a.mean(0).tolist()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.state.prefill_state import PrefillState
-from vtoken.stages import offsets_of, positions
+from vtoken.stages import offsets_of
 
 
 def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Tensor | None:
@@ -44,7 +44,8 @@ def text_slots(flow: PrefillState) -> Tensor:
 
 def text_at(flow: PrefillState) -> list[Tensor]:
     """Per row, the slots [T] of its text tokens in the current layout."""
-    return [positions(row, n) for row, n in zip(text_slots(flow), flow.texts, strict=True)]
+    first = text_slots(flow).byte().argsort(dim=1, descending=True, stable=True)
+    return [row[:n] for row, n in zip(first, flow.texts, strict=True)]
 
 
 def text_of(flow: PrefillState, values: Tensor) -> list[Tensor]:
