@@ -40,7 +40,7 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 17040,
+    ): 17000,
     ("kernels",): 3000,
     ("evals", "commands"): 13430,
 }

@@ -28,21 +28,12 @@ class Packed(Adapter):
         self.behind = self.projectors[0]
         self.merge = self.tower.spatial_merge_size
         blocks, full = self.tower.blocks, self.full_attention()
-        attention, last = blocks[0].attn, len(blocks) - 1
-        self.encoder = Encoder(
-            layers=blocks,
-            heads=attention.num_heads,
-            scale=attention.scaling,
-            cls=False,
-            feature_layers=(last,),
-            attention_layer=last if full is None else max(full),
-            full_attention=full,
-            packed=True,
-            unit=self.merge**2,
+        read = len(blocks) - 1 if full is None else max(full)
+        self.encoder = Encoder.of(
+            blocks, attention="attn", attention_layer=read, full_attention=full, packed=True, unit=self.merge**2
         )
         config = model.config
         self.placeholders = {"image": config.image_token_id, "video": config.video_token_id}
-        self.missing = {}
 
     def full_attention(self) -> tuple[int, ...] | None:
         """As in Encoder."""

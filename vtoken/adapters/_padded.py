@@ -41,20 +41,10 @@ class Padded(Adapter):
                 f"{'default' if cls else 'full'!r}"
             )
         features = feature_layers(self.config_layer, vision.num_hidden_layers)
-        layers = layers_of(self.tower)
-        attention = layers[0].self_attn
-        self.encoder = Encoder(
-            layers=layers,
-            heads=attention.num_heads,
-            scale=attention.head_dim**-0.5,
-            cls=cls,
-            feature_layers=features,
-            attention_layer=max(features),
-        )
+        self.encoder = Encoder.of(layers_of(self.tower), features, cls=cls)
         self.placeholders = {"image": config.image_token_id}
         self.side = vision.image_size // vision.patch_size
         self.patches = self.side**2
-        self.missing = {}
 
     def selected(self, config: Any) -> tuple[int | list[int], str]:
         """Which of the tower's hidden states become features, and `vision_feature_select_strategy`."""

@@ -30,21 +30,8 @@ class Pixtral(Adapter):
         self.config_layer = config.vision_feature_layer
         layers = self.tower.transformer.layers
         features = feature_layers(self.config_layer, len(layers))
-        attention = layers[0].attention
-        self.encoder = Encoder(
-            layers=layers,
-            heads=attention.num_heads,
-            scale=attention.scaling,
-            cls=False,
-            feature_layers=features,
-            attention_layer=max(features),
-            packed=True,
-            by_rows=True,
-            unit=merge**2,
-            attention="attention",
-        )
+        self.encoder = Encoder.of(layers, features, packed=True, by_rows=True, unit=merge**2, attention="attention")
         self.placeholders = {"image": config.image_token_id}
-        self.missing = {}
 
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         pixels, sizes = arguments.get("pixel_values"), arguments.get("image_sizes")

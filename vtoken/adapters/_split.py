@@ -22,18 +22,9 @@ class Split(Adapter):
     def __init__(self, model: Any) -> None:
         self.find(model, decoder="text_model", tower="vision_model")
         self.projectors = (self.outer.connector.modality_projection,)
-        config, layers = model.config, self.tower.encoder.layers
-        vision, last = config.vision_config, len(layers) - 1
-        self.encoder = Encoder(
-            layers=layers,
-            heads=layers[0].self_attn.num_heads,
-            scale=layers[0].self_attn.scale,
-            cls=False,
-            feature_layers=(last,),
-            attention_layer=last,
-            unit=config.scale_factor**2,
-        )
-        self.placeholders, self.missing = {"image": config.image_token_id}, {}
+        config, vision = model.config, model.config.vision_config
+        self.encoder = Encoder.of(self.tower.encoder.layers, unit=config.scale_factor**2)
+        self.placeholders = {"image": config.image_token_id}
         self.size, self.patch = vision.image_size, vision.patch_size
         self.side = self.size // self.patch // config.scale_factor
         self.patches = (self.size // self.patch) ** 2

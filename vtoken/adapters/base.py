@@ -47,9 +47,9 @@ class Encoder:
     layers: Sequence[Any]
     heads: int
     scale: float
-    cls: bool
     feature_layers: tuple[int, ...]
     attention_layer: int
+    cls: bool = False
     full_attention: tuple[int, ...] | None = None
     packed: bool = False
     by_rows: bool = False
@@ -60,6 +60,16 @@ class Encoder:
     taps: Mapping[str, str] = field(default_factory=lambda: {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
     takes_mask: bool = True
     twins: tuple[tuple[Any, Sequence[Any]], ...] = ()
+
+    @staticmethod
+    def of(
+        layers: Sequence[Any], features: tuple[int, ...] = (), attention: str = "self_attn", **parts: Any
+    ) -> Encoder:
+        """Of layers whose attention knows its heads. `features`: feature_layers, the last one if none are given;
+        attention facts are read from the last of them."""
+        features, first = features or (len(layers) - 1,), getattr(layers[0], attention)
+        parts = {"attention_layer": max(features), "attention": attention, **parts}
+        return Encoder(layers, first.num_heads, first.head_dim**-0.5, features, **parts)
 
     @property
     def width(self) -> int:
@@ -85,7 +95,7 @@ class Adapter(ABC):
             what was encoded tells them apart.
         embedded: the same, of the embedding that is looked for in a prompt without ids.
         features: kind -> name of the method of `outer` that encodes it.
-        missing: fact name -> why the family cannot supply it and what comes nearest.
+        missing: fact name -> why the family cannot supply it and what comes nearest; none by default.
         mrope: whether positions have several axes, which cannot be renumbered.
         masks_outside: whether `outer` makes the masks that `lm` is called with.
         both_ways: whether the tokens of an image may see each other both ways, see `blocks`.
@@ -103,6 +113,7 @@ class Adapter(ABC):
     prompted: ClassVar[bool] = False
     gated_queries: ClassVar[bool] = False
     final_norm: ClassVar[str] = "norm"
+    missing: ClassVar[Mapping[str, str]] = {}
     model: Any
     outer: Any
     lm: Any
@@ -114,7 +125,6 @@ class Adapter(ABC):
     encoder: Encoder
     patches: int
     placeholders: dict[str, int]
-    missing: dict[str, str]
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...

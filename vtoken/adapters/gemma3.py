@@ -30,19 +30,9 @@ class Gemma3(Adapter):
                 "prunes for models that write"
             )
         layers = getattr(self.tower, "vision_model", self.tower).encoder.layers
-        attention, last = layers[0].self_attn, len(layers) - 1
-        self.encoder = Encoder(
-            layers=layers,
-            heads=attention.num_heads,
-            scale=attention.head_dim**-0.5,
-            cls=False,
-            feature_layers=(last,),
-            attention_layer=last,
-            unit=projector.kernel_size**2,
-        )
+        self.encoder = Encoder.of(layers, unit=projector.kernel_size**2)
         self.placeholders = {"image": config.image_token_id}
         self.patches, self.side = projector.patches_per_image**2, projector.tokens_per_side
-        self.missing = {}
 
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         return (ImageLayout(((1, self.side, self.side),)),) * len(arguments["pixel_values"])

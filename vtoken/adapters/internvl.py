@@ -40,21 +40,13 @@ class InternVL(Adapter):
                 f"patches and downsample_ratio={config.downsample_ratio} is not supported; one layer of the tower, "
                 "square crops and whole units are"
             )
-        self.encoder = Encoder(
-            layers=layers,
-            heads=layers[0].attention.num_heads,
-            scale=layers[0].attention.scale,
-            cls=True,
-            feature_layers=features,
-            attention_layer=features[0],
-            unit=join**2,
-            attention="attention",
-            taps={"q": "q_norm", "k": "k_norm", "v": "v_proj"},
-            takes_mask=False,
+        taps = {"q": "q_norm", "k": "k_norm", "v": "v_proj"}
+        self.encoder = Encoder.of(
+            layers, features, attention="attention", cls=True, unit=join**2, taps=taps, takes_mask=False
         )
         self.projectors, self.size = (self.outer.multi_modal_projector,), (height, width)
         self.patches, self.side = self.side**2, self.side // join
-        self.placeholders, self.missing = {"image": config.image_token_id}, {}
+        self.placeholders = {"image": config.image_token_id}
 
     def crops(self, arguments: dict[str, Any]) -> list[int]:
         pixels, each = arguments["pixel_values"], self.side**2

@@ -32,19 +32,8 @@ class Lfm2VL(Adapter):
             )
         self.projectors, self.stack = (self.outer.multi_modal_projector,), self.tower.encoder
         self.join = config.downsample_factor
-        layers = self.stack.layers
-        attention, last = layers[0].self_attn, len(layers) - 1
-        self.encoder = Encoder(
-            layers=layers,
-            heads=attention.num_heads,
-            scale=attention.scale,
-            cls=False,
-            feature_layers=(last,),
-            attention_layer=last,
-            sized=True,
-            unit=self.join**2,
-        )
-        self.placeholders, self.missing = {"image": config.image_token_id}, {}
+        self.encoder = Encoder.of(self.stack.layers, sized=True, unit=self.join**2)
+        self.placeholders = {"image": config.image_token_id}
 
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         pixels, sizes = arguments.get("pixel_values"), arguments.get("spatial_shapes")

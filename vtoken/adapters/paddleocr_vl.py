@@ -18,16 +18,5 @@ class PaddleOcrVl(Packed):
         self.find(model, tower="visual")
         self.projectors, self.merge = (self.outer.projector,), model.config.vision_config.spatial_merge_size
         layers = self.tower.vision_model.encoder.layers
-        attention, last = layers[0].self_attn, len(layers) - 1
-        self.encoder = Encoder(
-            layers=layers,
-            heads=attention.num_heads,
-            scale=attention.scaling,
-            cls=False,
-            feature_layers=(last,),
-            attention_layer=last,
-            packed=True,
-            by_grids=True,
-            unit=self.merge**2,
-        )
-        self.placeholders, self.missing = {"image": model.config.image_token_id}, {}
+        self.encoder = Encoder.of(layers, packed=True, by_grids=True, unit=self.merge**2)
+        self.placeholders = {"image": model.config.image_token_id}

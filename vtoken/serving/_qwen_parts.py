@@ -37,13 +37,12 @@ class QwenParts(Packed):
             layers=range(depth) if visual is None else visual.blocks,
             heads=vision.num_heads,
             scale=(width // vision.num_heads) ** -0.5,
-            cls=False,
             feature_layers=(depth - 1,),
             attention_layer=depth - 1 if full is None else max(full),
             full_attention=None if full is None else tuple(sorted(full)),
             unit=self.merge**2,
         )
-        self.tower, self.missing = visual, {}
+        self.tower = visual
         self.placeholders = {"image": config.image_token_id, "video": config.video_token_id}
 
     def order(self, grid: Any, arguments: dict[str, Any]) -> Tensor | None:

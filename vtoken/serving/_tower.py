@@ -44,11 +44,10 @@ class Parts(Adapter):
         built = list(self.tower.encoder.layers)
         # Layers are counted from the end of the whole tower, but only the first ones are built.
         layers = [*built, *(nn.Identity() for _ in range(tower.depth - len(built)))]
-        self.encoder = Encoder(
-            layers, tower.heads, tower.scale, tower.cls, tower.feature_layers, max(tower.feature_layers)
-        )
+        features = tower.feature_layers
+        self.encoder = Encoder(layers, tower.heads, tower.scale, features, max(features), tower.cls)
         self.side, self.patches = tower.side, tower.side**2
-        self.placeholders, self.missing = {}, {}
+        self.placeholders = {}
 
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         return (ImageLayout(((1, self.side, self.side),)),) * len(arguments["pixel_values"])

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from vtoken.kernels import merge_tokens, topk_tokens
@@ -259,6 +259,12 @@ class Compressor(Stage):
     cache."""
 
     kind: ClassVar[Literal["pruner", "compressor"]] = "compressor"
+
+    @field_validator("*")
+    @classmethod
+    def _whole_images(cls, value: Any) -> Any:
+        in_cache = cls.site in ("cache", "decode") and isinstance(value, Budget)
+        return value.of_images("in the KV cache") if in_cache else value
 
 
 def keep_all(tokens: VisualTokens) -> Keep:

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from vtoken.kernels import gather_cache
 from vtoken.stages.attention import Rope
 from vtoken.stages.base import Compressor
-from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Site
 from vtoken.stages.layer_size import LayerSize
 from vtoken.stages.quantized import QuantizedKV
@@ -283,8 +281,3 @@ class CacheStage(Compressor):
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
         """FLOPs of the decision in one layer; None if not known."""
         return 0
-
-    @field_validator("*")
-    @classmethod
-    def _whole_images(cls, value: Any) -> Any:
-        return value.of_images("in the KV cache") if isinstance(value, Budget) else value

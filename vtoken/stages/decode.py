@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from vtoken.stages.base import Compressor
@@ -212,8 +212,3 @@ class DecodeStage(Compressor):
             return cached
         read = self.slots_read(*where, at.generated - 1)
         return None if read is None else at.full(read + self.read_to_choose(*where, at.generated - 1))
-
-    @field_validator("*")
-    @classmethod
-    def _whole_images(cls, value: Any) -> Any:
-        return value.of_images("in the KV cache") if isinstance(value, Budget) else value

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -48,9 +48,6 @@ class SteeredLayer:
     images: tuple[tuple[int, Tensor], ...] = ()
     hidden: Tensor | None = None
     marked: Tensor | None = None
-
-    def with_marks(self, marked: Tensor) -> SteeredLayer:
-        return replace(self, marked=marked)
 
     def text_rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Batch rows and the new slots [R] of their queries `behind` a picture: row by row in a prompt, all rows of a

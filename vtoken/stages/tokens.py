@@ -95,7 +95,7 @@ def size_of(parts: Parts) -> int:
 
 
 def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """The values as a tensor on the device. Unlike `torch.tensor(values, device=device)`, it does not make the host wait
+    """The values as a tensor on the device. Unlike with `torch.tensor(values, device=device)`, the host does not wait
     for the device."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 

@@ -19,7 +19,8 @@ class Anyres(Family):
     anyres = True
     # Sizes come with the call, and the model reads them on the host as well; newlines that stay depend on what was
     # kept.
-    waits = (("asked", "_anyres.py:<genexpr>"),) * 2 + (
+    waits = (
+        ("asked", "features.py:<dictcomp>"),
         ("asked", "image_spans.py:check"),
         ("asked", "prefill_state.py:leave"),
     )

@@ -20,7 +20,7 @@ class Pixtral(Family):
     varlen = by_rows = rows_parted = True
     # Sizes come with the call, and the model reads them on the host as well; breaks that stay depend on what was kept.
     waits = (
-        ("asked", "_pixtral.py:layouts"),
+        ("asked", "features.py:<dictcomp>"),
         ("asked", "image_spans.py:check"),
         ("asked", "prefill_state.py:leave"),
     )

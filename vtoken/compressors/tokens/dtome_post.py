@@ -79,4 +79,5 @@ def sequences(tokens: VisualTokens) -> tuple[Tensor, list[int], int]:
         return image, list(tokens.lengths), 1
     each = int(tokens.segment.max()) + 1 if len(image) else 1
     owner = image * each + tokens.segment
-    return owner, torch.bincount(owner, minlength=each * len(tokens.lengths)).tolist(), each
+    sizes = owner.new_zeros(each * len(tokens.lengths)).index_add_(0, owner, torch.ones_like(owner))
+    return owner, sizes.tolist(), each

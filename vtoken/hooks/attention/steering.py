@@ -3,7 +3,7 @@ slots, and which queries stand behind them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -161,7 +161,7 @@ def layer_for(stage: SteeredAttention, flow: ForwardState, call: AttentionCall) 
     if by == call.layer and steered.prompt is not None and seen.images:
         note(flow, stage, by, stage.mark(layer))
     marked = None if by is None else steered.marks.by_layer.get((stage.name, by))
-    return layer if marked is None else layer.with_marks(at(marked, seen.logical))
+    return layer if marked is None else replace(layer, marked=at(marked, seen.logical))
 
 
 def pictured(flow: PrefillState) -> Tensor:

@@ -21,9 +21,10 @@ from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.run import Encoded, FeatureCall, tokens_of
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Fact, spec_of
+from vtoken.stages import Fact, image_of, spec_of
 
 Pack = Callable[[Tensor], Tensor]
+SIZES = ("image_sizes", "batch_num_images")  # arguments that are read number by number, in several places
 
 
 class FeatureHooks:
@@ -55,6 +56,7 @@ class FeatureHooks:
             # A forward that fails leaves no prompt for features that are asked for without one.
             prompt, run.prompt = run.prompt, {}
             arguments |= arguments.pop("kwargs", {}) | prompt
+            arguments |= {name: x.cpu() for name in SIZES if torch.is_tensor(x := arguments.get(name))}
             layouts, skip_plan = self.adapter.layouts(kind, arguments), run.skip_plans.pop(kind, None)
             if self.min_tokens and (skip_plan is None or len(skip_plan.images) != len(layouts)):
                 skip_plan = alone(layouts, self.min_tokens)
@@ -135,8 +137,8 @@ def repacked(
     channels = [ids.view(crops, patches)]
     for trace in traces:
         alive = torch.full((crops, patches), float("nan"))
-        for crop, patch in enumerate(trace.kept):
-            alive[crop, patch.cpu()] = 0
+        kept = torch.cat(trace.kept).cpu()
+        alive[image_of([len(patch) for patch in trace.kept], kept.device), kept] = 0
         channels.append(alive)
         if trace.into is not None:
             absorbed = torch.stack(trace.into).cpu()
@@ -153,12 +155,12 @@ def repacked(
     absorbed_by: Tensor | None = None
     before = tokens
     for trace in traces:
-        kept = [(~image.isnan()).nonzero()[:, 0] for image in next(columns).split(tokens)]
+        left = [(~image.isnan()).nonzero()[:, 0] for image in next(columns).split(tokens)]
         if trace.into is not None:
             rep = next(columns)
             absorbed_by = torch.where(rep.isnan(), -1, place_of[rep.nan_to_num().long()]) if exact else None
         into = None if absorbed_by is None else list(absorbed_by.split(tokens))
-        after = [len(k) for k in kept]
-        out.append(replace(trace, tokens_in=list(before), tokens_out=after, kept=kept, into=into))
+        after = [len(k) for k in left]
+        out.append(replace(trace, tokens_in=list(before), tokens_out=after, kept=left, into=into))
         before = after
     return out, absorbed_by

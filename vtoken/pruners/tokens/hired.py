@@ -98,7 +98,7 @@ class HiRED(Pruner):
             crop = region(place[found], place[base:], segment[base:], parts, len(lengths))
         else:
             crop = 1 + place[found] * len(crops) // size_of(parts[:1])
-        hits = torch.bincount(crop, minlength=len(lengths)).tolist()
+        hits = crop.new_zeros(len(lengths)).index_add_(0, crop, torch.ones_like(crop)).tolist()
         return lengths, [whole, *share(k - whole, hits[1:], crops)]
 
 
