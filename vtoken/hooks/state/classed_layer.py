@@ -75,7 +75,7 @@ class ClassedLayer(DynamicLayer):
         of transformers.
 
         Raises:
-            RuntimeError: tokens that are dropped already are seen by those that would stay.
+            RuntimeError: tokens that would stay see some that were dropped.
         """
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.total - tokens_to_remove)
         if count > self.spare:
