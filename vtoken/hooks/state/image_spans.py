@@ -25,7 +25,7 @@ HIDDEN = (
 
 @dataclass(frozen=True)
 class Newlines:
-    """The newline tokens of a prefill, where they stand; closed_by: [ΣN] which of them ends each token's row, -1: none."""
+    """The newline tokens of a prefill, and where they stand; closed_by: [ΣN] which ends each token's row, -1: none."""
 
     batch_row: Tensor
     column: Tensor

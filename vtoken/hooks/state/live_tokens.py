@@ -54,7 +54,7 @@ class LiveTokens:
         )
 
     def places_in(self, corners: Sequence[Grid]) -> Tensor:
-        """[ΣK] raster indices in `corners`, per image the upper left corner of its raster, where its live tokens lie."""
+        """[ΣK] raster indices in `corners`: of each image the upper left corner, in which its live tokens lie."""
         at, given = self.history.raster_index, [grid for (grid, *_) in self.parts]
         sides = [[grid[side] for grid in grids] for grids in (given, corners) for side in (1, 2)]
         height, width, rows, columns = (uploaded(values, at.device)[self.image.to(at.device)] for values in sides)
