@@ -31,8 +31,8 @@ def causal_mask(
     """The backend's form of a 2D mask, for hidden states [B, N, D] behind the tokens in the first layer of `cache`.
 
     Args:
-        window: tokens that a query sees, itself among them; None: all up to itself. Padding, also that which we put
-            between turns, takes no room in it.
+        window: tokens that a query sees, itself among them; None: all up to itself. Padding, ours between turns
+            included, takes no room in it.
         blocks: [B, slots] tokens of the same number see each other both ways, within the window; -1 at others.
     """
     named: dict[str, Any] = {CACHE: cache}

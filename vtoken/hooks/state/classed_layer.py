@@ -1,4 +1,5 @@
-"""A cache layer whose key heads are in classes: heads of one class hold equally many tokens, classes differ in that.
+"""A cache layer whose key heads are in classes: all heads of a class hold equally many tokens, other classes more or
+fewer.
 
 It replaces a DynamicLayer. The length that it gives is that of a layer in which every head holds all tokens, so masks
 and positions are made as if nothing had been dropped; the classes tell what their heads really hold.

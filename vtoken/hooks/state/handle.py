@@ -44,7 +44,7 @@ class Handle:
     def after_child(self, parent: nn.Module, name: str, hook: Callable[[Any], None]) -> None:
         """`hook(output)` after every call of the module that `parent` has under `name`.
 
-        Adapters and quantisation may replace that module later, so it is looked up at every forward of `parent`.
+        Adapters and quantisation replace that module, before or after this; each forward of `parent` looks it up.
         """
         child = _Child(parent, name, hook)
         self.installed.append((child.module, _owner(hook)))

@@ -251,7 +251,7 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
 
     Args:
         values: [ΣN, D] what stands at the visual positions.
-        positions: of a model with M-RoPE, [axes, B or 1, L]; the last two axes count rows and columns. Else None.
+        positions: of a model with M-RoPE, [axes, B or 1, L]; the last two of the axes are rows and columns. Else None.
         seen: the visual tokens that the padding mask does not hide.
 
     Raises:

@@ -35,7 +35,7 @@ def window_of(config: Any, layer: int) -> int | None:
 
 
 def other_kinds(cache: Any, attending: Collection[int], served: Sequence[type] = (DynamicLayer,)) -> str:
-    """Names of the classes of attending layers' cache layers that are not `served`; "" if there are none."""
+    """Class names of cache layers, of decoder layers with attention, that are not among `served`; "" without any."""
     layers = [layer for k, layer in enumerate(cache.layers) if k in attending]
     return ", ".join(sorted({type(layer).__name__ for layer in layers if type(layer) not in served}))
 
@@ -95,7 +95,7 @@ def widen(cache: Any, start: int, padding: int) -> None:
     """Adds `padding` slots to every sliding window from layer `start` on, for the padding between two turns.
 
     Raises:
-        UnsupportedError: the cache is static.
+        UnsupportedError: the window is one of a static cache.
     """
     for cached in cache.layers[start:] if padding else ():
         if not getattr(cached, "is_sliding", False):

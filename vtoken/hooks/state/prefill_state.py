@@ -86,7 +86,7 @@ class PrefillState(ForwardState):
         answer: [B, L] which logical columns stand behind the prompt (drafts, or an answer that is scored), None without
             any; tails: how many per row; texts: how many text tokens each row's prompt has.
         changed: something was dropped or merged.
-        lag: [B] how far resized pictures set the positions of decode steps behind the model's; None: none was resized.
+        lag: [B] how much further decode steps lag behind the model's positions for resized pictures; None: none was.
         min_tokens: visual tokens below which a row runs dense; `skipped`: such a row -> the reason; `skip_reason`: why
             no stage acts at all, or None.
         layouts: first layer of a group -> its layout; logical: of the current one, see SlotLayout.

@@ -134,7 +134,8 @@ class PrunedCache:
             self.record(start, slots)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest -tokens_to_remove tokens. ValueError if positive; RuntimeError in the pruned part."""
+        """Removes the newest -tokens_to_remove tokens. Raises ValueError at a positive number (a length to crop to, in
+        older versions of transformers), RuntimeError if it reaches into the pruned part of the prompt."""
         if tokens_to_remove > 0:
             raise ValueError("crop() of a pruned cache takes a negative count: how many of the newest tokens to remove")
         total = int(self.get_seq_length())

@@ -27,7 +27,7 @@ class Plain:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> Plain:
-        """Of copies, so that the tensors they are views of can be freed."""
+        """Holds copies: what these are views of can then be freed."""
         return cls(keys.clone(), values.clone())
 
     @property
@@ -54,8 +54,8 @@ class Block:
 
     Attributes:
         rows: of every row its pieces, in order.
-        order: [B] which of `rows` each row of the batch reads, None: its own. So beams share pieces, and to reorder
-            them waits for no device.
+        order: [B] which of `rows` each row of the batch reads, None: its own. So beams share pieces, and reordering
+            does not wait for the device.
     """
 
     rows: tuple[tuple[Piece, ...], ...]
@@ -71,7 +71,7 @@ class Block:
         return x if self.order is None else x.index_select(0, self.order)
 
     def select(self, index: Tensor) -> Block:
-        """The block for a batch of these of its rows [B']."""
+        """The block whose batch consists of rows `index` [B'] of this one's."""
         return replace(self, order=index if self.order is None else self.order.index_select(0, index))
 
     def crop(self, count: int) -> Block:

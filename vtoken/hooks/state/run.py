@@ -136,7 +136,7 @@ class Encoded:
         stages: trace entries of encoder-site stages.
         history: what the vision tower left of the images, where its images are the model's; the next two are for towers
             that see other ones (crops).
-        alive: [ΣN] which tokens it left; None where it left all. Features do not tell: those of a model may overflow.
+        alive: [ΣN] which tokens it left; None where it left all. Their values cannot tell it: a model may overflow.
         absorbed_by: [ΣN] as in TokenHistory, when an encoder stage merged.
         counted: as in Trace.
         places_unknown: an encoder stage merged, but the model interpolated its output, so that no token stands for
