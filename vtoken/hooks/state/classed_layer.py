@@ -1,5 +1,4 @@
-"""A cache layer whose key heads are in classes: all heads of a class hold equally many tokens, other classes more or
-fewer.
+"""A cache layer whose key heads are in classes: all heads of a class hold equally many tokens.
 
 It replaces a DynamicLayer. The length that it gives is that of a layer in which every head holds all tokens, so masks
 and positions are made as if nothing had been dropped; the classes tell what their heads really hold.
@@ -127,8 +126,7 @@ class ClassedLayer(DynamicLayer):
 
 
 def adopt(cached: Any, classes: tuple[HeadClass, ...], total: int) -> ClassedLayer:
-    """Makes a live DynamicLayer (or ClassedLayer) a ClassedLayer of these classes, from which `crop` can remove
-    nothing yet."""
+    """Makes a live DynamicLayer (or ClassedLayer) a ClassedLayer of these classes; `crop` can remove nothing yet."""
     if not isinstance(cached, ClassedLayer):
         for name in ("keys", "values"):
             vars(cached).pop(name)

@@ -1,5 +1,4 @@
-"""One forward of the language model on a cache that holds a pruned prompt: the slots that its tokens take, and the keys
-that they see."""
+"""One forward of the language model on a cache that holds a pruned prompt: slots of its tokens, and keys they see."""
 
 from __future__ import annotations
 

@@ -141,8 +141,7 @@ class HeadClass:
         """[B or 1, new, n] which tokens each of the newest `new` sees, None: all. Padding sees itself alone.
 
         Args:
-            free: [B] rows whose new tokens see everything up to themselves; in the others they see as far as the window
-                goes.
+            free: [B] rows whose new tokens see everything up to themselves; in other rows the window limits them.
         """
         if new == 1 and self.real is None and not self._hides(new):
             return None

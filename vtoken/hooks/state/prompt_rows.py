@@ -47,7 +47,7 @@ class PromptRow:
 
 
 def prompt_rows(flow: PrefillState) -> list[PromptRow]:
-    """The rows in the current layout, as if a layer held all of their tokens."""
+    """The rows in the current layout, as if a layer had all of their tokens."""
     if flow.notes.rows is None:
         flow.notes.rows = _rows_of(flow)
     return flow.notes.rows

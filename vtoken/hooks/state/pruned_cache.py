@@ -75,13 +75,18 @@ class Marks:
 
 
 class PrunedCache:
-    """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
-    tells what merged tokens stand for, whose keys are cached without RoPE (hooks/attention/unmerge.py). `busy`: a
-    forward is at work on it, with its state in `Run.flow`. `dense`: no group has padding. `shifted`: some positions may
-    lag. A decode step reads few of these, and computes none. `valid`, of static caches: which slots a group's layers
-    may see, slots not filled yet among them; `prompt_mask`: [B, logical] the caller's mask, None where it hides
-    nothing. `first`: the first layer that holds keys; layers before it keep a state. `marks`: of stages that steer
-    attention. `images`: what a stage of site decode chooses from, if there is one (hooks/decode)."""
+    """Mixed into the class of a live cache by `adopt`. A decode step reads few of these attributes and computes none.
+
+    Attributes:
+        groups: first layer of a group -> what its slots hold; the group ends before the next key.
+        busy: a forward is at work on the cache, with its state in `Run.flow`.
+        table: what merged tokens stand for, whose keys are cached without RoPE (hooks/attention/unmerge.py).
+        valid: of static caches, group -> [B, slots] which slots its layers may see, those not filled yet among them.
+        prompt_mask: [B, logical] the mask of the caller, of static caches; None where it hides nothing.
+        shifted: positions of a group may lag; dense: no group has padding.
+        first: the first layer that holds keys; layers before it keep a state.
+        marks: of stages that steer attention; images: what a stage of site decode chooses from (hooks/decode).
+    """
 
     groups: dict[int, SlotMap]
     busy: bool = False

@@ -187,7 +187,7 @@ class QuantizedLayer(DynamicLayer):
         DynamicLayer.__init__(self)
 
     def tensors(self) -> list[Tensor]:
-        """All that takes memory: quantized pieces with their scales, and the tail."""
+        """Tensors of all pieces, with what is needed to read them, and the tail."""
         return [*(t for block in self.blocks for t in block.tensors()), *self.tail]
 
 
