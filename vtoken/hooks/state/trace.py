@@ -61,7 +61,7 @@ class StageTrace:
         stood_aside: why the stage did nothing, or None (rows of a batch that ran dense: `Trace.dense_rows`).
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder, decoder, attention and cache sites.
-        backend: at site attention, what computed it: torch, triton or flex.
+        backend: at site attention, what computed it: torch, triton or flex; several where rows differ ("flex, torch").
         frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
         resized: of stages that resize, per image, the raster of the smaller picture; `kept` are its tokens, in the
