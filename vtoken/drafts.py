@@ -1,4 +1,4 @@
-"""The entry point `draft`: a model that drafts for another, and sees what it sees."""
+"""The entry point `draft`: a model that drafts for another, and sees the same pictures."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _pair(target: Any, draft: Any, before: Pipeline | None, own: Pipeline) -> Pa
 
 
 def _trained_pair(target: Any, draft: ViSpec, before: Pipeline | None) -> Pair:
-    """Wraps the target of a draft with trained weights, which has no pipeline: it reads what the target's leaves."""
+    """Wraps the target of a draft with trained weights, which has no pipeline: it reads what its target's leaves."""
     recorded = TargetStates()
     pair = Pair(target, draft, before, Drafting(draft, recorded, ChainGenerator))
     with ExitStack() as undo:
@@ -90,7 +90,7 @@ def _trained_pair(target: Any, draft: ViSpec, before: Pipeline | None) -> Pair:
 
 @contextmanager
 def _without(session: Session | None) -> Iterator[None]:
-    """Releases the session of a target for what takes its place; if that fails, the target is wrapped as before."""
+    """Releases the session of a target before a block makes another; if that fails, the target is wrapped as before."""
     if session is not None:
         session.release()
     try:
@@ -122,10 +122,10 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
 
     Args:
         model: the target, a stock VLM, wrapped or not.
-        draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: a second
-            tree of modules on the weights of `model`; move it, quantise it and add adapters first. A string or path:
-            trained weights, as a safetensors file, a folder with a `model.safetensors`, or a repository of the Hub
-            ("owner/name", "owner/name@revision").
+        draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None, or
+            `model` itself: a second tree of modules on its weights; move or quantise `model`, or add adapters, before
+            this call. A string or path: trained weights, as a safetensors file, a folder with a `model.safetensors`, or
+            a repository of the Hub ("owner/name", "owner/name@revision").
         pipeline: of the draft, as `vtoken.wrap` takes it. None: the one under `draft:` in the pipeline of the wrapped
             target, else "specvlm-90". Must be None with trained weights.
 
@@ -133,9 +133,9 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
         The draft: `draft` itself, the second tree, or the module with the trained weights.
 
     Raises:
-        UnsupportedError: the two do not go together, a stage cannot be served, `draft` is wrapped, or `model` has a
-            draft already, or a contrast.
-        ConfigError: the pipeline or the weights do not read.
+        UnsupportedError: the two do not go together, a stage cannot be served, `draft` is wrapped, `model` has a draft
+            or is one, a pipeline of the two has a contrast, or one is given with trained weights.
+        ConfigError: the pipeline or the weights cannot be read.
     """
     target = whole(model)
     check_whole(target)
@@ -190,10 +190,10 @@ def drafting(model: Any, other: Any, pipeline: PipelineLike) -> Iterator[Any]:
 
 
 def acceptance(draft: Any) -> Acceptance:
-    """What became of the drafts in the last `generate` of the calling thread.
+    """What became of the tokens that this draft guessed in the last `generate` of the calling thread.
 
     Raises:
-        UnsupportedError: the model drafts for none, or has not drafted yet.
+        UnsupportedError: the model is no draft, or has not drafted yet in this thread.
     """
     session = session_of(draft)
     if session is None or session.pair is None or session.pair.draft is not whole(draft):

@@ -16,7 +16,7 @@ from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, image_of, 
 
 
 class _Attended(Compressor):
-    """Drops nothing and sums, per frame, the attention that the last prompt token pays in the layers before `at`."""
+    """Drops nothing; sums, per frame, the attention of the last prompt token in the layer before each of `at`."""
 
     name: ClassVar[str] = "attended"
     site: ClassVar[Site] = "decoder"
@@ -51,8 +51,8 @@ def frame_relevance(model: Any, inputs: Mapping[str, Any]) -> list[list[float]]:
     """The share of its attention that the last token of a prompt pays to each frame, for `frames_relevant`.
 
     Runs one dense forward. So give it many frames of few pixels (see the size options of the processor), and then let
-    the model answer from the frames that stay, at full size. The score is the mean over heads and over the middle third
-    of the decoder's layers (of those with attention). No paper: a rule of ours.
+    the model answer from the frames that stay, at full size. The score is the mean over heads and over the layers with
+    attention in the middle third of the decoder. No paper: a rule of ours.
 
     Args:
         model: a model of a supported family that takes videos, not wrapped.
@@ -117,7 +117,7 @@ def distinct_frames(
     batch: int = 32,
 ) -> list[float]:
     """Chooses frames that are spread over a video and differ from each other, without a question: int(`keep` *
-    `evenly`) frames evenly spaced, then, one at a time, the frame with the lowest mean cosine to the chosen ones.
+    `evenly`) frames evenly spaced (at least the first), then, one at a time, that of lowest mean cosine to the chosen.
 
     D-CoDe chooses frames like this (https://arxiv.org/abs/2510.08818): 15 of 50 with CLIP ViT-L/14 at 336 pixels, 85 %
     of them evenly spaced. Deviation: ties go to the earlier frame.
@@ -133,7 +133,7 @@ def distinct_frames(
 
     Raises:
         UnsupportedError: the model has no picture or no text side.
-        ValueError: there are no frames or fewer than `keep`, or `evenly` is not in 0..1.
+        ValueError: `keep` is not 1 to all frames, or `evenly` is not in 0..1.
     """
     if not 1 <= keep <= len(frames) or not 0 <= evenly <= 1:
         raise ValueError(
@@ -147,7 +147,7 @@ def distinct_frames(
 
 
 def distinct(cosines: Tensor, keep: int, evenly: float) -> list[int]:
-    """The rule of `distinct_frames` on the cosines [F, F] of frames; ascending."""
+    """Indices of the chosen frames, ascending: the rule of `distinct_frames` on the cosines [F, F] of all frames."""
     n = len(cosines)
     chosen = {int(i) for i in torch.linspace(0, n - 1, int(keep * evenly), dtype=torch.float64)} or {0}
     while len(chosen) < keep:

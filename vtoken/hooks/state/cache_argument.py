@@ -1,4 +1,4 @@
-"""What transformers calls the argument, and the field of outputs, that hands the KV cache on."""
+"""The name that transformers gives to the argument, and to the field of outputs, that holds the KV cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.dev0") els
 
 
 def cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache that a caller hands to the model, under either name."""
+    """The cache that a caller passes to the model, under either name."""
     return kwargs.get(CACHE, kwargs.get(FORMER))
 
 
@@ -28,11 +28,11 @@ def causal_mask(
     window: int | None = None,
     blocks: Tensor | None = None,
 ) -> Any:
-    """What the backend makes of a 2D mask, for hidden states [B, N, D] after what the first layer of `cache` holds.
+    """The backend's form of a 2D mask, for hidden states [B, N, D] behind the tokens in the first layer of `cache`.
 
     Args:
-        window: tokens that a query sees, itself among them; None: all up to itself. Padding between turns, which is
-            ours, takes no room in it.
+        window: tokens that a query sees, itself among them; None: all up to itself. Padding, ours between turns
+            included, takes no room in it.
         blocks: [B, slots] tokens of the same number see each other both ways, within the window; -1 at others.
     """
     named: dict[str, Any] = {CACHE: cache}

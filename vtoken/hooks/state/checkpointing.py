@@ -14,10 +14,10 @@ def replays(layer: nn.Module) -> bool:
 
 
 def check_replay(layer: nn.Module) -> None:
-    """Refuses gradient checkpointing that runs a layer's hooks a second time, when what they knew is gone.
+    """Refuses gradient checkpointing that recomputes a layer with its hooks, whose state is gone by then.
 
     Raises:
-        UnsupportedError: the layer is about to be called so.
+        UnsupportedError: the backward pass would recompute this layer like that.
     """
     if "__call__" in vars(GradientCheckpointingLayer) and replays(layer):
         raise UnsupportedError(

@@ -1,7 +1,7 @@
-"""A cache layer whose key heads are in classes: all heads of a class hold equally many tokens, other classes others.
+"""A cache layer whose key heads are in classes: all heads of a class hold equally many tokens.
 
-It stands in for a DynamicLayer. Its length is that of a layer in which every head holds everything, so masks and
-positions are made as if nothing had left; what heads really hold is in their class.
+It replaces a DynamicLayer. The length that it gives is that of a layer in which every head holds all tokens, so masks
+and positions are made as if nothing had been dropped; the classes tell what their heads really hold.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vtoken.hooks.state.head_class import HeadClass
 
 
 class ClassedLayer(DynamicLayer):
-    """See above. Made of a live DynamicLayer by `adopt`.
+    """See above. `adopt` makes one of a live DynamicLayer.
 
     Attributes:
         classes: every key head of every row is in one of them.
-        total: tokens that a head would hold which drops none, padding included.
+        total: tokens that a head holds if it drops none, padding included.
         pending: new keys and values [B, Hk, n, d], from `update` to `take`.
-        spare: how many of the newest tokens may be taken back: after those the oldest that they see may have left.
-        record_past: as transformers has it, what leaves a window waits for `crop`.
+        spare: how many of the newest tokens `crop` may remove; what older tokens see may have been dropped.
+        record_past: as in transformers, a token that leaves a window stays cached until the next `crop`.
     """
 
     classes: tuple[HeadClass, ...]
@@ -43,24 +43,24 @@ class ClassedLayer(DynamicLayer):
     values = keys
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes note of new tokens and hands them back; the attention that follows reads the classes."""
+        """Stores new tokens in `pending` and returns them; the attention that follows reads the classes."""
         self.pending = key_states, value_states
         self.total += key_states.shape[2]
         return key_states, value_states
 
     def take(self, real: Tensor | None = None, *, slides: bool = True) -> None:
-        """Lets the classes hold what `update` noted.
+        """Moves the pending tokens into the classes.
 
         Args:
             real: [B, n] which of them are no padding, None: all.
-            slides: what the first of them does not see leaves.
+            slides: tokens that the first pending one does not see are dropped; False: one more stays.
         """
         assert self.pending is not None
         (keys, values), self.pending = self.pending, None
         classes, new = list[HeadClass](), keys.shape[2]
         self.spare += new
         for each in self.classes:
-            # The first new token takes a place in the window of its own.
+            # The first new token takes one place of its own window.
             most = each.length if each.window is None else each.window - slides
             if not self.record_past and each.length - each.fixed > most:
                 each, self.spare = each.trimmed(most), new
@@ -71,11 +71,11 @@ class ClassedLayer(DynamicLayer):
         return self.total
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Without the newest -tokens_to_remove; what is positive is the length that stays, as older versions of
-        transformers have it.
+        """Removes the newest -tokens_to_remove tokens; a positive number is the length to crop to, as in older versions
+        of transformers.
 
         Raises:
-            RuntimeError: what the tokens before them see has left.
+            RuntimeError: tokens that would stay see some that were dropped.
         """
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.total - tokens_to_remove)
         if count > self.spare:
@@ -95,7 +95,7 @@ class ClassedLayer(DynamicLayer):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        # They may be a mask.
+        # `indices` may be a mask.
         self._select(torch.arange(len(self.classes[0].keys), device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -121,13 +121,12 @@ class ClassedLayer(DynamicLayer):
         DynamicLayer.__init__(self)
 
     def tensors(self) -> list[Tensor]:
-        """All that is cached."""
+        """All keys and values, means of dropped tokens included."""
         return [t for each in self.classes for t in each.tensors()]
 
 
 def adopt(cached: Any, classes: tuple[HeadClass, ...], total: int) -> ClassedLayer:
-    """Lets a live DynamicLayer, or one that does so already, hold heads in these classes; nothing can be taken back
-    from them."""
+    """Makes a live DynamicLayer (or ClassedLayer) a ClassedLayer of these classes; `crop` can remove nothing yet."""
     if not isinstance(cached, ClassedLayer):
         for name in ("keys", "values"):
             vars(cached).pop(name)

@@ -27,14 +27,13 @@ class Context:
     """A model, a pipeline, and the state that their hooks share.
 
     Attributes:
-        stages: of the pipeline, in its order.
+        stages: those of the pipeline, in its order.
         compact: positions are renumbered after dropping, those of decode steps included.
         newline: which newline tokens stay: keep_if_row_has_token, keep or drop.
         min_tokens: visual tokens below which a batch row runs dense.
         owner: who may continue the caches that are pruned here.
-        read: facts of the vision tower (with layers resolved) that something else than a stage reads.
-        recorded: what is recorded of this model for its draft; target: what this model, a draft, reads of its target's
-            attention.
+        read: facts of the vision tower (with layers resolved) that something other than a stage reads.
+        recorded: of a target: what its draft reads of it; target: of a draft: the attention that its target recorded.
     """
 
     adapter: Adapter
@@ -88,24 +87,24 @@ class Context:
 
     @cached_property
     def wanted(self) -> frozenset[Fact]:
-        """Facts of the vision tower that are read after it."""
+        """Facts that the vision tower must store: `read`, and what stages of sites tokens and decoder ask for."""
         asked = [(need, stage.site) for stage in self.at("tokens", "decoder") for need in stage.needs()]
         return self.read | {self.resolve(need) for need, site in asked if encoded(need, site)}
 
     @cached_property
     def min_tokens_of_tower(self) -> int:
-        """`min_tokens`, where anything is done in the vision tower that a dense row does not need."""
+        """`min_tokens`, where a stage acts before or in the vision tower, or facts are read off it; else 0."""
         return self.min_tokens if self.at("pixels", "frames", "encoder") or self.wanted else 0
 
     def resolve(self, fact: Fact) -> Fact:
-        """The fact that the vision tower stores for one that is read after it: its layer named, substituted where the
-        family has none."""
+        """The fact that the vision tower stores for one that a stage reads later: with its layer, and with the family's
+        substitute where the family lacks it."""
         name, encoder = self.adapter.substitutes.get(fact.name, fact.name), self.adapter.encoder
         if name not in read_of("encoder layer"):
             return Fact(name)
         layer = encoder.attention_layer if fact.layer is None else fact.layer % len(encoder.layers)
         if name != fact.name and encoder.full_attention is not None:
-            # What stands in for CLS needs all tokens of the image: the next layer that sees them.
+            # The substitute for CLS attention needs a layer that sees all tokens of the image: the next such layer.
             layer = min((k for k in encoder.full_attention if k >= layer), default=max(encoder.full_attention))
         return Fact(name, layer, fact.above)
 

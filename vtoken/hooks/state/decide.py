@@ -1,4 +1,4 @@
-"""The one decision protocol: a stage chooses, and what it chose is timed, checked and traced, wherever it acts."""
+"""The one decision protocol: a stage chooses, and its choice is timed, checked and traced, wherever it acts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STILLS = "it works on videos, and leaves pictures whole"
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided, what then has become of every token, and the entry of the trace."""
+    """A decision, the history of every token after it, and its entry in the trace."""
 
     keep: Keep
     history: TokenHistory
@@ -37,10 +37,10 @@ def decide(
 
     Args:
         history: what became of all tokens so far.
-        skipped: per image, whether it keeps all its tokens; empty when none does. It decides all the same, so that
-            facts and budgets need no cutting.
-        amend: what has to hold of every decision here.
-        substitutes: facts that stood in for others.
+        skipped: per image, whether it keeps all its tokens; empty when none does. The stage is given these images all
+            the same, so that facts and budgets need no cutting.
+        amend: enforces on a decision what must be true of all decisions here.
+        substitutes: fact asked for -> fact given in its place.
 
     Raises:
         ValueError: the decision does not fit its tokens.

@@ -13,7 +13,7 @@ from vtoken.stages import Fact, Stage, offsets_of
 
 
 def encoder_fact(context: Context, flow: PrefillState, stage: Stage, need: Fact) -> Tensor:
-    """A fact of the encoder about the live tokens, at any time of the prefill."""
+    """A fact [ΣK, ...] of the encoder about the live tokens, at any time of the prefill."""
     v, located, stored = flow.live, flow.spans, context.resolve(need)
     if not located.encodes or not all(stored in encode.facts for encode in located.encodes):
         raise UnsupportedError(
@@ -28,5 +28,5 @@ def encoder_fact(context: Context, flow: PrefillState, stage: Stage, need: Fact)
 
 
 def substituted(stage: Stage, substitutes: Mapping[str, str]) -> dict[str, str]:
-    """Facts that the stage asks for and the family replaces -> what it gives."""
+    """Fact that the stage asks for -> fact that the family gives in its place; without those that it has."""
     return {need.name: substitutes[need.name] for need in stage.needs() if need.name in substitutes}

@@ -1,5 +1,4 @@
-"""One forward of the language model on a cache that holds a pruned prompt: the slots its tokens take, and which keys
-they see."""
+"""One forward of the language model on a cache that holds a pruned prompt: slots of its tokens, and keys they see."""
 
 from __future__ import annotations
 
@@ -13,14 +12,14 @@ from vtoken.hooks.state.layer_kinds import widen
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt, unmasked
 
-# For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and
+# For all that happens at prefill: torch.compile misreads thread-local state (it sees the defaults of the class), and so
 # would see no images.
 eager = torch.compiler.disable
 
 
 def steps(hidden: Tensor, cache: Any) -> bool:
-    """Whether a layer is in a decode step of which `Run.flow` tells nothing. Read off the cache, because a decode step
-    may be compiled."""
+    """Whether a layer is in a decode step for which `Run.flow` has no state. The cache tells, because a decode step may
+    be compiled."""
     return hidden.shape[1] == 1 and cache is not None and not getattr(cache, "busy", False)
 
 
@@ -29,21 +28,21 @@ class ForwardState:
     """State of one forward on a cache that holds a pruned prompt, or (`PrefillState`) of one that prunes.
 
     Attributes:
-        new: [B, L] which of the newest logical tokens are real (not padding).
-        counts: live tokens per row, on the host (padding of a text turn counts as live: its mask tells).
+        new: [B, L] which of this forward's logical tokens are real (not padding).
+        counts: live tokens per row, on the host (padding of a text turn counts as live: only the mask shows it).
         past: logical tokens cached before; mask: the 2D mask of logical length, if any.
         positions: logical position ids [..., B or 1, L].
         alive: [B, L] which logical columns are still in the sequence.
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
         group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all
-            real), `masks` what the backend makes of it for the kinds of layers that asked.
-        chosen: [B, P] slots of the layout that the decoder was entered with, where the current one is another;
-            `numbers` [B, P]: its renumbered positions. `layer_kwargs`: what layers of a kind get for that instead of
-            the model's own arguments.
-        blocks: [B, L] columns of the same number see each other both ways, -1: as causality has it; None: all do.
+            real), `masks` that mask in the backend's form, by kind of layer, for kinds that asked.
+        chosen: [B, P] slots of the layout with which the decoder was entered, where the current one is another;
+            `numbers` [..., B, P]: renumbered positions of the current one. `layer_kwargs`: kind of layer -> RoPE and
+            position ids in place of the model's own.
+        blocks: [B, L] columns of the same number see each other both ways; -1: causal; None: all are causal.
         renumbers: positions are compact; owner: of the cache.
-        unmerged: how attention sees merged tokens at all their places, when it does; steered: what is known of it where
-            stages steer attention.
+        unmerged: how attention sees merged tokens at all their places, when it does; steered: what stages that
+            steer attention must know of this forward.
         slots_of_rows: `valid`, and per row the slots [n] where it is True: see `real_slots`.
     """
 
@@ -118,22 +117,22 @@ class ForwardState:
         return self.key_mask
 
     def _note_slots(self, start: int, before: SlotMap | None, old: Tensor | None) -> None:
-        """What the slots of a group hold once this forward is over, given what they hold and the logical positions of
-        that."""
+        """Notes what a group's slots hold once this forward is over; before: their map so far, old: their logical
+        positions."""
 
     def _knows_padding(self) -> bool:
-        """Whether the counts tell all that the mask does."""
+        """Whether `counts` leave out all that the mask hides."""
         return self.mask is None
 
     def slot_blocks(self) -> Tensor | None:
-        """[B, slots] `blocks` in the current layout; earlier turns see nothing of this one."""
+        """[B, slots] `blocks` in the current layout; -1 at padding and in slots of earlier turns."""
         if self.blocks is None:
             return None
         now = take(self.blocks, self.index, 1).to(self.valid.device).masked_fill(~self.valid, -1)
         return torch.nn.functional.pad(now, (self.slots - now.shape[1], 0), value=-1)
 
     def compact(self, start: int) -> Tensor:
-        """[B, P] renumbered positions of the current layout."""
+        """[..., B, P] renumbered positions of the current layout."""
         dropped = self.new & ~self.alive
         before = self.shift(start)[:, None] - dropped.sum(1, keepdim=True) + dropped.cumsum(1)
         return take(self.positions, self.index, -1) - before.gather(1, self.index).to(self.positions.device)

@@ -21,7 +21,7 @@ class Handle:
     Attributes:
         switch: what is in place only while a forward needs it.
         installed: (module or other object, what was put there), in order.
-        released: functions that stand for the model's own are to do nothing more than those.
+        released: `release` was called; functions that replace the model's own then only call those.
     """
 
     released = False
@@ -42,9 +42,9 @@ class Handle:
         self._undo.append(module.register_forward_hook(hook, prepend=first, with_kwargs=True).remove)
 
     def after_child(self, parent: nn.Module, name: str, hook: Callable[[Any], None]) -> None:
-        """`hook(output)` behind every call, in a forward of `parent`, of what it then has under `name`.
+        """`hook(output)` after every call of the module that `parent` has under `name`.
 
-        Adapters and quantisation put another module there, before or after this; it is looked up at every forward.
+        Adapters and quantisation replace that module, before or after this; each forward of `parent` looks it up.
         """
         child = _Child(parent, name, hook)
         self.installed.append((child.module, _owner(hook)))
@@ -52,8 +52,8 @@ class Handle:
         self._undo.append(child.leave)
 
     def set(self, target: Any, name: str, value: Any) -> None:
-        """Sets an instance attribute; undone to the earlier instance attribute, or to none at all. What somebody else
-        set since stays."""
+        """Sets an instance attribute. `release` restores the earlier one, or removes it where there was none; what
+        somebody else has set since then stays."""
         own = vars(target)
         old = own.get(name, _ABSENT)
         setattr(target, name, value)
@@ -71,7 +71,7 @@ class Handle:
 
     @contextmanager
     def during(self, target: Any, name: str, value: Any) -> Iterator[None]:
-        """An instance attribute that holds another value while a block runs."""
+        """Gives an instance attribute another value while a block runs."""
         old = vars(target)[name]
         setattr(target, name, value)
         try:
@@ -115,7 +115,7 @@ class Switch:
         self._swaps.append((vars(target), name, value, vars(target)[name]))
 
     def on(self) -> None:
-        """For the calling thread; safe to call twice."""
+        """Puts them in place for the calling thread; safe to call twice."""
         if self._swaps and not getattr(self._mine, "on", False):
             self._mine.on = True
             with self._lock:
@@ -124,7 +124,7 @@ class Switch:
                     own[name] = value
 
     def off(self) -> None:
-        """For the calling thread; safe to call twice."""
+        """The calling thread needs them no more; safe to call twice."""
         if getattr(self._mine, "on", False):
             self._mine.on = False
             with self._lock:
@@ -133,7 +133,7 @@ class Switch:
                     self._restore()
 
     def clear(self) -> None:
-        """For all threads and for good."""
+        """Takes them back, for all threads and for good."""
         with self._lock:
             self._restore()
             self._swaps = []
@@ -166,7 +166,7 @@ class _Child:
         self.module = None
 
     def _take_off(self, module: nn.Module | None) -> None:
-        """Quantisation copies hooks to the module that it puts in place of another."""
+        """Removes this hook, copies too: quantisation copies hooks to the module that it puts in place of another."""
         hooks = {} if module is None else module._forward_hooks
         for key in [key for key, hook in hooks.items() if hook == self._seen]:
             del hooks[key]

@@ -1,4 +1,4 @@
-"""Key heads of a layer that hold equally many tokens: some for good, and the others until a window has passed them."""
+"""Key heads of a layer that hold equally many tokens: the first for good, others until a window has passed them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtoken.kernels import gather_cache
 
 @dataclass(frozen=True)
 class Lost:
-    """What heads of a class have dropped: of `count` [B] tokens the mean key and value [B, Hc, d], in fp32."""
+    """What heads of a class have dropped: `count` [B] tokens, their mean key and value [B, Hc, d], in fp32."""
 
     count: Tensor
     keys: Tensor
@@ -22,12 +22,12 @@ class Lost:
 
     @classmethod
     def nothing(cls, keys: Tensor, values: Tensor) -> Lost:
-        """For heads that hold keys and values [B, Hc, n, d]."""
+        """Nothing yet, for heads that hold keys and values [B, Hc, n, d]."""
         none = keys.new_zeros(len(keys), dtype=torch.float32)
         return cls(none, *(t.new_zeros(*t.shape[:2], t.shape[3], dtype=torch.float32) for t in (keys, values)))
 
     def more(self, keys: Tensor, values: Tensor, gone: Tensor | None = None) -> Lost:
-        """With tokens [B, Hc, n, d] that leave; gone: [B, n] which of them do, None: all."""
+        """These and newly dropped tokens [B, Hc, n, d]; gone: [B, n] which of those are dropped, None: all."""
         if not keys.shape[2]:
             return self
         left = keys.new_ones(len(keys), keys.shape[2]) if gone is None else gone
@@ -35,8 +35,8 @@ class Lost:
         return Lost(count[:, 0], *(mean[:, :, 0] for mean in means))
 
     def averages(self, keys: Tensor, values: Tensor, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For every query, counts [B, q], mean keys and values [B, Hc, q, d], if the tokens `gone` [B, q, n] of
-        [B, Hc, n, d] had left too."""
+        """Counts [B, q], mean keys and values [B, Hc, q, d]: for every query, of these tokens and of those in
+        [B, Hc, n, d] that are `gone` [B, q, n] for it."""
         gone = gone.to(torch.float32)
         count = self.count[:, None] + gone.sum(2)
         before, share = (
@@ -58,13 +58,13 @@ class HeadClass:
     """Key heads of a layer that hold equally many tokens.
 
     Attributes:
-        heads: [B, Hc] which key heads of the layer they are, row by row.
+        heads: [B, Hc] index in the layer of each key head, row by row.
         keys, values: [B, Hc, n, d] what they hold.
-        fixed: the first of these tokens, which stay; the others leave, oldest first.
-        window: the latest of those others that a query sees, itself among them; None: all.
-        real: [B, n] which of them are no padding, None: all.
-        exempt: [B] rows from which nothing leaves, None: none.
-        lost: what has left, where the class accounts for it.
+        fixed: how many tokens at the front are never dropped; the others are, oldest first.
+        window: how many of the others a query sees, the latest, itself among them; None: all.
+        real: [B, n] which tokens are no padding, None: all.
+        exempt: [B] rows in which nothing is dropped, None: none.
+        lost: what was dropped, where the class accounts for it.
     """
 
     heads: Tensor
@@ -81,11 +81,11 @@ class HeadClass:
         return self.keys.shape[2]
 
     def own(self, x: Tensor) -> Tensor:
-        """[B, Hc, ...] of x [B, Hk, ...]."""
+        """[B, Hc, ...]: the heads of this class out of x [B, Hk, ...]."""
         return x.take_along_dim(self.heads.view(*self.heads.shape, *[1] * (x.ndim - 2)), 1)
 
     def append(self, keys: Tensor, values: Tensor, real: Tensor | None = None) -> HeadClass:
-        """With new tokens of all heads of the layer, [B, Hk, n, d], after those it holds.
+        """With new tokens at the end, given as [B, Hk, n, d] of all heads of the layer.
 
         Args:
             real: [B, n] which of them are no padding, None: all.
@@ -106,7 +106,7 @@ class HeadClass:
         return torch.ones(len(self.keys), self.length, dtype=torch.bool, device=self.keys.device)
 
     def trimmed(self, most: int) -> HeadClass:
-        """With the latest `most` of the tokens that may leave, in every row that is not exempt."""
+        """With no more than the latest `most` of the tokens behind the fixed ones, in every row that is not exempt."""
         first = self.fixed
         over = self.length - first - most
         if over <= 0:
@@ -123,7 +123,7 @@ class HeadClass:
             stays = torch.where(self.exempt[:, None], real, stays)
         lost = self.lost and self.lost.more(self.keys[:, :, first:], self.values[:, :, first:], real & ~stays)
         if self.exempt is not None:
-            # As long as its longest row, as all batches are.
+            # The exempt rows need all slots: what other rows drop becomes padding.
             return replace(self, real=torch.cat([mask[:, :first], stays], 1), lost=lost)
         late = left_pad(stays, most)
         index = torch.cat([torch.arange(first, device=late.device).expand(len(late), -1), late + first], 1)
@@ -132,7 +132,7 @@ class HeadClass:
         return replace(self, keys=keys, values=values, real=kept, lost=lost)
 
     def without(self, count: int) -> HeadClass:
-        """Without the newest tokens; what they are views of goes."""
+        """Without the newest `count` tokens, whose memory is freed."""
         end = self.length - count
         real = None if self.real is None else self.real[:, :end]
         return replace(self, keys=self.keys[:, :, :end].clone(), values=self.values[:, :, :end].clone(), real=real)
@@ -141,8 +141,7 @@ class HeadClass:
         """[B or 1, new, n] which tokens each of the newest `new` sees, None: all. Padding sees itself alone.
 
         Args:
-            free: [B] rows whose new tokens see all that is cached, and what is new up to themselves; the others see as
-                far as the window goes.
+            free: [B] rows whose new tokens see everything up to themselves; in other rows the window limits them.
         """
         if new == 1 and self.real is None and not self._hides(new):
             return None
@@ -156,8 +155,8 @@ class HeadClass:
         return seen | (columns == at)
 
     def unseen(self, new: int, free: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of what each of the newest `new` tokens does not see any more, counts [B, m], mean keys and values
-        [B, Hc, m, d]; m is 1 where all have lost the same. For a class that accounts for it."""
+        """Counts [B, m], mean keys and values [B, Hc, m, d] of the tokens that each of the newest `new` does not see
+        any more; m is 1 where that is the same for all. For a class that accounts for what was dropped."""
         assert self.lost is not None
         if not self._hides(new):
             return self.lost.count[:, None], self.lost.keys[:, :, None], self.lost.values[:, :, None]
@@ -168,7 +167,7 @@ class HeadClass:
         return self.lost.averages(self.keys[:, :, self.fixed :], self.values[:, :, self.fixed :], gone)
 
     def _hides(self, new: int) -> bool:
-        """Whether some of the newest `new` may not see all that is cached."""
+        """Whether the window may hide cached tokens from some of the newest `new`."""
         return self.window is not None and (new > 1 or self.length - self.fixed > self.window)
 
     def _past(self, new: int, free: Tensor | None) -> Tensor:

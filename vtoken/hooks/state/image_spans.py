@@ -25,7 +25,7 @@ HIDDEN = (
 
 @dataclass(frozen=True)
 class Newlines:
-    """The newline tokens of a prefill: where they stand; `closed_by` [ΣN]: that after each token's row (-1: none)."""
+    """The newline tokens of a prefill, and where they stand; closed_by: [ΣN] which ends each token's row, -1: none."""
 
     batch_row: Tensor
     column: Tensor
@@ -39,9 +39,9 @@ class ImageSpans:
     Attributes:
         layouts: of each image; `row` is its batch row.
         encodes: the encoder calls they came from; empty when features came precomputed.
-        origin: (encode, image of that call) of each image.
-        source: [ΣN] row of each token in the encodes' packed values, one encode after the other; None when they line
-            up.
+        origin: per image, index of its encoder call and of the image in that call.
+        source: [ΣN] index of each token in the packed values of all encodes, one after the other; None when both orders
+            are the same.
         batch_row, column: [ΣN] where each token stands in the batch.
         newlines: None where there are none.
     """
@@ -62,14 +62,14 @@ class ImageSpans:
         return [of[image][0] if of else None for of, (_, image) in zip(resized, self.origin, strict=True)]
 
     def as_seen(self, tokens: LiveTokens, device: torch.device) -> tuple[tuple[Parts, ...], tuple[int, ...], Tensor]:
-        """Rasters (of resized pictures the smaller) and batch row of every image, and [ΣK] places in the rasters."""
+        """Rasters (of resized pictures the smaller ones) and batch row of every image, [ΣK] raster indices in these."""
         if not any(smaller := self.smaller):
             return tokens.parts, tokens.row, tokens.history.raster_index.to(device)
         parts = tuple((new,) if new else old for new, old in zip(smaller, tokens.parts, strict=True))
         return parts, tokens.row, tokens.places_in([grid for (grid, *_) in parts]).to(device)
 
     def gather(self, values: Sequence[Tensor]) -> Tensor:
-        """[ΣN, ...] of one packed value per encode, in the order of the tokens here."""
+        """[ΣN, ...] in the order of the tokens here; values: one packed tensor per encode."""
         value = values[0] if len(values) == 1 else torch.cat([v.to(values[0].device) for v in values])
         return value if self.source is None else value[self.source.to(value.device)]
 
@@ -112,8 +112,8 @@ class Image:
 
 
 def visual_positions(kinds: Tensor, number: int, several: bool) -> tuple[Tensor, Tensor]:
-    """Batch row and column [number] of the visual tokens in `kinds` [B, L], of which there are `several` kinds or one.
-    As nonzero(), whose size the device would be asked for."""
+    """Batch row and column [number] of the visual tokens in `kinds` [B, L]; several: there may be images and videos.
+    Does what nonzero() does, which would ask the device for the number."""
     marks = kinds.flatten() > 0 if several else kinds.flatten()
     at = torch.argsort(marks, descending=True, stable=True)[:number]
     return (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
@@ -129,7 +129,7 @@ def locate(
     """Finds the images behind the visual positions of `kinds` [B, L]: 0 none, 1 image, 2 video.
 
     Args:
-        counts: of each kind, its positions in each row.
+        counts: per kind, how many positions of each row are of it.
         at: `visual_positions`, where they are known.
 
     Raises:
@@ -170,7 +170,7 @@ def queued(
 
 
 def source_of(images: Sequence[Image]) -> Tensor | None:
-    """[ΣN] row of each token in the encodes' packed values; None when they line up."""
+    """`ImageSpans.source` of these images."""
     lengths = [image.layout.tokens for image in images]
     if [image.start for image in images] == [0, *accumulate(lengths)][:-1]:
         return None
@@ -210,7 +210,7 @@ def assign(
     Args:
         counts: visual positions of this kind in each batch row.
         layouts: of what the tower of this call saw, or None when features came precomputed.
-        number, offset: of the encode among all of this call, and where its tokens begin among theirs.
+        number, offset: index of the encode among all of this call, and where its tokens begin in their packed values.
 
     Raises:
         NotWholeError: the rows cannot be filled with whole images.
@@ -251,13 +251,13 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
 
     Args:
         values: [ΣN, D] what stands at the visual positions.
-        positions: of a model with M-RoPE, [..., B or 1, L]; of the axes in front, the last two are rows and columns.
+        positions: of a model with M-RoPE, [axes, B or 1, L]; the last two of the axes are rows and columns. Else None.
         seen: the visual tokens that the padding mask does not hide.
 
     Raises:
         ValueError: e.g. features were encoded earlier, and another picture has been encoded since.
-        UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is
-            missing or transformers too old.
+        UnsupportedError: all axes are equal on images that have more than one token per frame, because an argument is
+            missing or transformers is too old.
     """
     same, distinct = True, True
     if located.encodes:
@@ -286,7 +286,7 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
 
 
 def same_features(fingerprint: Tensor, values: Tensor) -> Tensor:
-    """[] bool: whether [ΣN, D] are the features of this first channel [ΣN]."""
+    """[] bool: whether the first channel of `values` [ΣN, D] is `fingerprint` [ΣN]."""
     given = values[:, 0].detach().to(fingerprint.device)
     return (fingerprint.to(given.dtype) == given).all()
 

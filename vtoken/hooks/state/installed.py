@@ -1,4 +1,4 @@
-"""What is installed on a model, where: for people who look."""
+"""What is installed on a model, and where, in lines to read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def described(model: nn.Module, installed: Sequence[tuple[Any, str]]) -> list[st
 
 
 def ranges(names: Sequence[str]) -> list[str]:
-    """Module names, those that differ in their first number alone as one."""
+    """Module names; those that differ in nothing but their first number become one."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         number = re.search(r"(?<=\.)\d+", name)

@@ -35,7 +35,7 @@ def window_of(config: Any, layer: int) -> int | None:
 
 
 def other_kinds(cache: Any, attending: Collection[int], served: Sequence[type] = (DynamicLayer,)) -> str:
-    """Names of the kinds of cache layers with attention that are none of those served; "" if there are none."""
+    """Class names of cache layers, of decoder layers with attention, that are not among `served`; "" without any."""
     layers = [layer for k, layer in enumerate(cache.layers) if k in attending]
     return ", ".join(sorted({type(layer).__name__ for layer in layers if type(layer) not in served}))
 
@@ -47,8 +47,8 @@ def heads_in(config: Any) -> tuple[int, int, int]:
 
 
 def windows_go_back() -> bool:
-    """Whether a sliding window from which tokens can be taken back hands out what its mask is made for after several
-    steps in a row, as a draft takes them; transformers 5.17 has it hand out more."""
+    """Whether a sliding window that keeps its past (so that drafts can be taken back) returns, after several steps in a
+    row, no more tokens than its mask is made for; that of transformers 5.17 returns more."""
     layer, step = DynamicSlidingWindowLayer(2), torch.zeros(1, 1, 3, 1)
     layer.activate_past_recording()
     layer.update(step, step)
@@ -85,17 +85,17 @@ def layer_mask(
 def layer_masks(
     config: Any, hidden: Tensor, key_mask: Tensor | None, cache: Any, blocks: Tensor | None = None
 ) -> dict[str, Any] | Any:
-    """What the decoder takes as its mask where a 2D one does not tell all: the mask of every kind of layer, by kind
-    where the config names kinds."""
+    """The mask that a decoder is given where a 2D one does not tell all: kind of layer -> mask, or the mask itself
+    where the config names no kinds."""
     masks = {kind: layer_mask(config, layer, hidden, key_mask, cache, blocks) for kind, layer in firsts(config).items()}
     return masks if getattr(config, "layer_types", None) is not None else masks.popitem()[1]
 
 
 def widen(cache: Any, start: int, padding: int) -> None:
-    """Lets layers with a window hold so many slots more, from layer `start` on: those of padding between two turns.
+    """Adds `padding` slots to every sliding window from layer `start` on, for the padding between two turns.
 
     Raises:
-        UnsupportedError: a static cache.
+        UnsupportedError: the window is one of a static cache.
     """
     for cached in cache.layers[start:] if padding else ():
         if not getattr(cached, "is_sliding", False):
@@ -107,6 +107,6 @@ def widen(cache: Any, start: int, padding: int) -> None:
                 "(cache_implementation=None), or turns of one row"
             )
         cached.sliding_window += padding
-        # Slots that it has let go of are further back than any query sees.
+        # Slots that it has dropped come back as zeros; they are further back than any query sees.
         lost = min(cached.cumulative_length, cached.sliding_window - 1) - cached.keys.shape[2]
         cached.keys, cached.values = (F.pad(t, (0, 0, max(0, lost), 0)) for t in (cached.keys, cached.values))

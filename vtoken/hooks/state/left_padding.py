@@ -16,8 +16,7 @@ class SlotLayout:
 
     Attributes:
         index, valid: [B, P] logical column of each slot, and whether it is real.
-        logical: [B, S + P] logical position behind each slot that is attended to, earlier turns in front; -1 for
-            padding.
+        logical: [B, S + P] logical position of each slot that is attended to, earlier turns in front; -1 for padding.
         dense: all slots are real.
     """
 
@@ -52,7 +51,7 @@ def left_pad(keep: Tensor, width: int | None = None) -> Tensor:
         width: the largest number of kept columns of a row, if the host knows it.
 
     Returns:
-        index [B, P] into the columns, in order; padding, columns that are not kept, is at the left.
+        index [B, P] into the columns, in order, behind padding at the left (columns that are not kept).
     """
     width = int(keep.sum(1).max()) if width is None else width
     return torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - width :]

@@ -39,7 +39,7 @@ class LiveTokens:
     closed_by: Tensor | None = None
 
     def after(self, keep: Keep, history: TokenHistory | None = None) -> LiveTokens:
-        """What a decision leaves; `history` if it is known already."""
+        """The tokens that a decision leaves; history: theirs, if it is known already."""
         index = keep.index.to(self.batch_row.device)
         one = slice(len(index)) if len(self.lengths) == 1 else index  # of one image all are alike
         return replace(
@@ -54,7 +54,7 @@ class LiveTokens:
         )
 
     def places_in(self, corners: Sequence[Grid]) -> Tensor:
-        """[ΣK] where the tokens stand in the upper left corner, so large, of each image's raster, in which they lie."""
+        """[ΣK] raster indices in `corners`: of each image the upper left corner, in which its live tokens lie."""
         at, given = self.history.raster_index, [grid for (grid, *_) in self.parts]
         sides = [[grid[side] for grid in grids] for grids in (given, corners) for side in (1, 2)]
         height, width, rows, columns = (uploaded(values, at.device)[self.image.to(at.device)] for values in sides)

@@ -1,4 +1,4 @@
-"""Which crops stand in a prompt as one picture, where text parts them and nothing else tells."""
+"""Which crops of a prompt are one picture, where text stands between them and nothing else tells."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vtoken.stages.tokens import Grid
 
 
 def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]:
-    """Crops of each picture, in reading order. Asks the device.
+    """How many crops each picture has, in reading order. Asks the device.
 
-    A mark stands in front of every crop and one after each picture, so that between two crops of a picture there is
-    one, and between two pictures there are two. Which token that is, the last picture of a row tells, which it follows.
-    Where the prompt does not hold so many crops, or not like this, each crop is a picture.
+    A mark stands in front of every crop and one after each picture: one between two crops of a picture, two between
+    two pictures. The mark is the token that follows the last picture of a row. Where the prompt does not hold so many
+    crops, or has other tokens inside of one, each crop is a picture.
 
     Args:
         given: [B, L] ids, or [B, L, D] embeddings.
         kinds: [B, L], not 0 at placeholders.
-        crops: that were given as pixels, of so many `tokens` each.
+        crops: how many were given as pixels; tokens: placeholders of each.
     """
     row, column = (kinds > 0).nonzero(as_tuple=True)
     if len(column) != crops * tokens:
@@ -30,7 +30,7 @@ def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]
     row, first, last = row[::tokens], column[::tokens], column[tokens - 1 :: tokens]
     length = given.shape[1]
     behind = row.new_zeros(len(given)).scatter_reduce_(0, row, last + 1, "amax")
-    # Behind a prompt that ends on a picture stands none.
+    # In a row that ends on a picture no mark follows, and none is found.
     closing = given[torch.arange(len(given), device=given.device), behind.clamp(max=length - 1)][:, None]
     mark = (given == closing if given.ndim == 2 else (given == closing).all(-1)) & (kinds == 0)
     seen = mark.cumsum(1)
@@ -44,11 +44,11 @@ def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]
 
 
 def side_by_side(crops: Sequence[Grid], kinds: Tensor | None) -> list[Parts]:
-    """The crops of each picture, in reading order, where one token at most stands between those of a picture and two
-    between pictures. Asks the device.
+    """The crops of each picture, in reading order, where at most one token stands between two crops of a picture, and
+    more between two pictures. Asks the device.
 
-    A picture that is cut has equal crops, at least two, and then, as most processors say, the whole scaled down. Where
-    the prompt does not hold these crops, or not like this, each is a picture.
+    A picture that is cut has at least two equal crops, and behind them, with most processors, the whole picture scaled
+    down. Where the prompt does not hold these crops, or they are not like this, each is a picture.
 
     Args:
         crops: their rasters; kinds: [B, L], not 0 at placeholders; None: no prompt is known.
@@ -77,14 +77,14 @@ def cut_equally(crops: Sequence[Grid]) -> bool:
 
 
 def real(pixels: Tensor, mask: Tensor | None, patch: int) -> int:
-    """How many crops of pixels [rows, crops, 3, H, W] are no padding: those that are not all zero, and one where all
-    are. Asks the device.
+    """How many crops of pixels [rows, crops, 3, H, W] are no padding, that is, not all zero; at least 1. Asks the
+    device.
 
     Args:
-        mask: [rows, crops, H, W], 0 at padding; patch: pixels along an edge of one.
+        mask: [rows, crops, H, W], 0 at padding; patch: edge of a patch in pixels.
 
     Raises:
-        UnsupportedError: the mask hides a part of a crop.
+        UnsupportedError: the mask hides a patch of a crop that is no padding.
     """
     shown = (pixels != 0).flatten(2).any(-1)
     found = [shown.sum()]

@@ -1,4 +1,4 @@
-"""A forward with visual tokens in it: which are alive, what stages decide about them, what layers say of them."""
+"""A forward with visual tokens in it: which are live, what stages decide about them, what layers tell of them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from vtoken.stages.query_attention import QueryAttention
 
 @dataclass(frozen=True)
 class Observed:
-    """What a decoder layer said of the slots [B, S, ...] it attended to, and the layout `index` [B, P] of the last P of
-    them then."""
+    """What was read off a decoder layer: `values` [B, S, ...] of the slots it attended to, and `index` [B, P], the
+    layout of the last P of these at that time."""
 
     values: Tensor
     index: Tensor
 
     def now(self, index: Tensor, length: int) -> Tensor:
-        """[B, P', ...] of the tokens in a later layout of this prefill, which holds no others; of `length` logical
-        columns."""
+        """[B, P', ...] values in a later layout `index` [B, P'], which has no tokens but those of this one; length: of
+        the prompt in logical columns."""
         values = self.values[:, self.values.shape[1] - self.index.shape[1] :]
         if index is self.index:
             return values
@@ -42,7 +42,7 @@ class Observed:
 
 @dataclass
 class AskedText:
-    """The text tokens, per image, by which a stage rates images, and by layer what it asked about their attention."""
+    """Per image, the text tokens by which a stage rates it, and layer -> what was read off about their attention."""
 
     tokens: list[Tensor]
     found: dict[int, Observed] = field(default_factory=dict)
@@ -50,10 +50,10 @@ class AskedText:
 
 @dataclass
 class GroupNotes:
-    """What hooks of one layer group tell each other; it goes when the layout changes.
+    """What hooks of one layer group tell each other; a new layout begins without any.
 
     Attributes:
-        layer_input: hidden states that the attention at work was given, and cos and sin of their positions.
+        layer_input: hidden states that the layer at work gave its attention, and cos and sin of their positions.
         query_attention: (layer, row) -> what a sparse prefill found out about a row's queries, for a cache stage.
         rows: the rows of the prompt in this layout.
         image, raster_index: [B, P] of every slot, -1 at text and padding; by_row: what stages of site attention found
@@ -77,26 +77,26 @@ class PrefillState(ForwardState):
     """A forward with visual tokens in it.
 
     Attributes:
-        live: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the
+        live: the live visual tokens; started: all of them before anything was dropped; raster: those, and what the
             padding mask hides.
         spans: where the images came from.
         policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
-        deepstack: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer;
+        deepstack: one tensor [ΣK, D] per decoder layer that adds features to the visual tokens (DeepStack);
             `deepstack_done` of them were added so far.
-        answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any;
-            `tails` says how many they are per row; texts: text tokens of each row's prompt; before: see text_before.
+        answer: [B, L] which logical columns stand behind the prompt (drafts, or an answer that is scored), None without
+            any; tails: how many per row; texts: text tokens of each row's prompt; before: see text_before.
         changed: something was dropped or merged.
-        lag: [B] by how much more decode steps trail the model's count, since pictures were resized; None: none was.
-        min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no
-            stage acts at all, or None.
-        layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
+        lag: [B] how much further decode steps lag behind the model's positions for resized pictures; None: none was.
+        min_tokens: visual tokens below which a row runs dense; `skipped`: such a row -> the reason; `skip_reason`: why
+            no stage acts at all, or None.
+        layouts: first layer of a group -> its layout; logical: of the current one, see SlotLayout.
         pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each
             layer.
         notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; reported: stages whose
             skipping is in the trace.
-        clears: the layer whose cut also holds for the caches of all layers before it, or 0.
+        clears: what was dropped at this layer also leaves the caches of all layers before it; 0: nothing does.
         unpadded: all of the prompt is real.
-        began: a clock of its device, and the moment when it began.
+        began: a clock of the device, and the moment when this prefill began.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
 
@@ -194,8 +194,8 @@ class PrefillState(ForwardState):
         return keep.retaining(own.index_fill_(0, uploaded(last, device), True), lengths)
 
     def leave(self, visual: LiveTokens, *, encoded: bool = False) -> None:
-        """From now on only these visual tokens are alive, and the newlines that the policy leaves with them. `encoded`:
-        newlines come from the tower, which has left these tokens."""
+        """From now on only these visual tokens are live, and the newlines that the policy keeps with them. encoded: the
+        tower makes the newlines, and has dropped the other tokens itself."""
         batch = len(self.counts)
         before, now = (v.per_row(batch) for v in (self.live, visual))
         self.counts = [n - b + k for n, b, k in zip(self.counts, before, now, strict=True)]
@@ -216,12 +216,12 @@ class PrefillState(ForwardState):
     def _closed(self, visual: LiveTokens) -> Tensor:
         """[newlines] bool: which of them close a row of these tokens."""
         assert visual.closed_by is not None
-        # The last slot takes the tokens whose row no newline closes.
+        # Tokens whose row no newline closes (-1) mark the last entry, which is cut off.
         return self.newlines.new_zeros(len(self.newlines) + 1).index_fill_(0, visual.closed_by, True)[:-1]
 
     def of_last(self, x: Tensor, dim: int) -> Tensor:
-        """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`,
-        which goes."""
+        """x [B or 1, ...] at the last prompt token of each row, without `dim`, whose last entries are the slots of the
+        current layout."""
         if len(set(self.tails)) == 1:
             return x.select(dim, x.shape[dim] - 1 - self.tails[0])
         at = (x.shape[dim] - 1 - uploaded(self.tails, x.device)).clamp(min=0)
@@ -254,7 +254,7 @@ class PrefillState(ForwardState):
         return self.mask is None or not self.past
 
     def skip(self, stage: Stage, reason: str) -> None:
-        """Enters once into the trace that a stage which acts layer by layer does nothing."""
+        """Enters into the trace that a stage does nothing: once, however many layers it acts at."""
         if id(stage) not in self.reported:
             self.reported.add(id(stage))
             self.trace.stages.append(skipped_entry(stage, self.live.history, reason))
@@ -287,7 +287,7 @@ class PrefillState(ForwardState):
         self.layouts[start] = SlotLayout(self.index, self.valid, self.logical, self.dense)
 
     def slot(self) -> tuple[Tensor, Tensor]:
-        """(row, physical column) of every live visual token in the current layout."""
+        """(batch row, slot) of every live visual token in the current layout."""
         batch_row, column, notes = self.live.batch_row, self.live.column, self.notes
         if self.alive is self.new and self.unpadded:
             return batch_row, column

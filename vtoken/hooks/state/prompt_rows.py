@@ -21,10 +21,11 @@ class PromptRow:
     """One row of a prefill in the current layout, and what a layer holds of it.
 
     Attributes:
-        prompt, tail: tokens of the prompt; of what follows it (drafts, an answer), which all stay.
+        prompt, tail: how many tokens the prompt has; how many follow it (drafts, an answer), which all stay.
         slots: per image, where its visual tokens are among the row's tokens.
         images: the same on the device.
-        stay: prompt tokens that every head holds; counts: visual tokens of each image, None where that is not known.
+        stay: prompt tokens that a head holds, a mean where heads differ; counts: how many visual tokens of each image
+            are among them, None where that is not known.
     """
 
     prompt: int
@@ -35,8 +36,8 @@ class PromptRow:
     counts: tuple[int, ...] | None = None
 
     def columns(self) -> list[int]:
-        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first
-        ones: masks only ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
+        """Slots that represent those it holds. Heads may hold different visual tokens; here they are the first of each
+        image. Masks only ask whether a slot is real, and crop() whether the newest tokens are all there, in order."""
         if self.counts is None:
             kept = list(range(self.stay))
         else:
@@ -46,7 +47,7 @@ class PromptRow:
 
 
 def prompt_rows(flow: PrefillState) -> list[PromptRow]:
-    """The rows in the current layout. Whole, as if everything stayed."""
+    """The rows in the current layout, as if a layer had all of their tokens."""
     if flow.notes.rows is None:
         flow.notes.rows = _rows_of(flow)
     return flow.notes.rows
@@ -79,7 +80,7 @@ def rasters(flow: PrefillState) -> tuple[Tensor, Tensor, list[dict[Hashable, Any
 
 
 def query_window(flow: PrefillState, stage: CacheStage | None, r: int) -> int:
-    """How many last queries' attention of a row a cache stage will ask for, in the current layout."""
+    """Of how many queries, at the end of a row's prompt, a cache stage will ask for the attention; 0: of none."""
     if stage is None or r in flow.skipped:
         return 0
     row = prompt_rows(flow)[r]

@@ -10,12 +10,12 @@ from vtoken.stages import offsets_of
 
 
 def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Tensor | None:
-    """[B, L] which tokens stand behind the prompt: drafts, or an answer that is scored; None where nothing can.
+    """[B, L] which tokens stand behind the prompt: drafts, or an answer that is scored; None where neither can be.
 
     Args:
         kinds: [B, L] kind of visual token, 0 for text; new: [B, L] what is real.
-        tail: columns at the end whose logits are asked for. If 0, labels tell: an answer begins with the first that
-            counts (is not -100) behind the last image of its row.
+        tail: columns at the end that stand behind the prompt, read off logits_to_keep. If 0, labels tell: an answer
+            begins with the first that counts (is not -100) behind the last image of its row.
     """
     if tail:
         return new & (torch.arange(new.shape[1], device=new.device) >= new.shape[1] - tail)
@@ -27,8 +27,7 @@ def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Te
 
 
 def text_columns(flow: PrefillState) -> Tensor:
-    """[B, L] which of the newest logical tokens are text of the prompt: no newlines of images, no drafts or answer
-    behind it."""
+    """[B, L] which logical columns hold text of the prompt: no newlines of images, no drafts or answer behind it."""
     text = flow.alive.clone()
     text[flow.started.batch_row, flow.started.column] = False
     newlines = flow.spans.newlines
@@ -38,7 +37,7 @@ def text_columns(flow: PrefillState) -> Tensor:
 
 
 def text_slots(flow: PrefillState) -> Tensor:
-    """[B, P] the same in the current physical layout."""
+    """[B, P] which slots of the current layout hold text of the prompt."""
     return text_columns(flow).gather(1, flow.index) & flow.valid
 
 

@@ -1,4 +1,4 @@
-"""A KV cache that is asked for logical lengths and answers with physical ones where masks are made.
+"""A KV cache that counts its length with dropped tokens, and where masks are made, without them.
 
 `generate` counts the original prompt: it slices ids, grows masks and numbers positions by `get_seq_length()`. Mask
 creation wants the slots that are really there. The live cache object therefore takes on a subclass of its own class;
@@ -39,8 +39,8 @@ class SlotMap:
 
     Attributes:
         logical: [B, P] logical position of each slot, -1 for padding.
-        end: logical length when this was recorded; later tokens are dense.
-        shift: [B] how far positions lag behind the logical numbering; None: nowhere, as always unless positions are
+        end: logical length when this was recorded; every later token has a slot.
+        shift: [B] how far positions lag behind the logical numbering; None: not at all, as always unless positions are
             compact or pictures were resized.
         dense: no padding in any row.
         lags: whether `shift` may hold anything but zeros.
@@ -60,11 +60,11 @@ class SlotMap:
 
 @dataclass(frozen=True)
 class Marks:
-    """What is known of logical positions [B, n]; of later ones, that they are none of it.
+    """What stages that steer attention know of logical positions [B, n]; later positions are not marked.
 
     Attributes:
         visual: which hold visual tokens.
-        by_layer: (name of a stage, layer) -> what the stage said there.
+        by_layer: (name of a stage, layer) -> which the stage marked there.
     """
 
     visual: Tensor
@@ -75,13 +75,18 @@ class Marks:
 
 
 class PrunedCache:
-    """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
-    tells what merged tokens, whose keys are total without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
-    forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
-    these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
-    them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that
-    holds keys; layers before it keep a state. `marks`: see Marks, of stages that steer attention. `images`: what a
-    stage of site decode chooses from, if one does (hooks/decode)."""
+    """Mixed into the class of a live cache by `adopt`. A decode step reads few of these attributes and computes none.
+
+    Attributes:
+        groups: first layer of a group -> what its slots hold; the group ends before the next key.
+        busy: a forward is at work on the cache, with its state in `Run.flow`.
+        table: what merged tokens stand for, whose keys are cached without RoPE (hooks/attention/unmerge.py).
+        valid: of static caches, group -> [B, slots] which slots its layers may see, those not filled yet among them.
+        prompt_mask: [B, logical] the mask of the caller, of static caches; None where it hides nothing.
+        shifted: positions of a group may lag; dense: no group has padding.
+        first: the first layer that holds keys; layers before it keep a state.
+        marks: of stages that steer attention; images: what a stage of site decode chooses from (hooks/decode).
+    """
 
     groups: dict[int, SlotMap]
     busy: bool = False
@@ -128,13 +133,14 @@ class PrunedCache:
             self.valid[start] = lengthened(shown, self.get_max_length())  # type: ignore[attr-defined]
 
     def masked(self, mask: Tensor) -> None:
-        """Takes note of the mask [B, logical] under which a static cache goes on."""
+        """Notes the caller's mask [B, logical], which steps on a static cache must obey too."""
         self.prompt_mask = mask
         for start, slots in self.groups.items():
             self.record(start, slots)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest tokens (negative count, as upstream). Only tokens after the pruned part can be removed."""
+        """Removes the newest -tokens_to_remove tokens. Raises ValueError at a positive number (a length to crop to, in
+        older versions of transformers), RuntimeError if it reaches into the pruned part of the prompt."""
         if tokens_to_remove > 0:
             raise ValueError("crop() of a pruned cache takes a negative count: how many of the newest tokens to remove")
         total = int(self.get_seq_length())
@@ -193,13 +199,13 @@ class PrunedCache:
 
 
 def lengthened(mask: Tensor, length: int) -> Tensor:
-    """A mask [B, n], at least so long: what comes is not hidden."""
+    """A mask [B, n] at least `length` long: what is added hides nothing."""
     return torch.nn.functional.pad(mask.bool(), (0, max(0, length - mask.shape[1])), value=True)
 
 
 def unmasked(logical: Tensor, mask: Tensor | None, total: int) -> Tensor:
-    """[B, S] which of these logical positions (-1: padding), of `total`, are real and not hidden by the caller's
-    mask."""
+    """[B, S] which of these logical positions (-1: padding; all are below `total`) are real and not hidden by the
+    caller's mask."""
     real = logical >= 0
     if mask is None or not logical.shape[1]:
         return real
@@ -210,7 +216,7 @@ _CLASSES: dict[type, type] = {}
 
 
 def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> PrunedCache:
-    """Gives a live cache the pruning interface (idempotent). What it already holds is taken as unpruned.
+    """Makes a live cache a PrunedCache (idempotent). What it already holds counts as unpruned.
 
     Raises:
         RuntimeError: the cache holds a prompt pruned by another wrap, or by one that was unwrapped since.
@@ -230,7 +236,7 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> Pr
 
 
 def check_owner(cache: Any, owner: CacheOwner) -> None:
-    """Raises RuntimeError at a cache that holds a prompt pruned by another wrap."""
+    """Raises RuntimeError if the cache holds a prompt that was pruned by another wrap."""
     if isinstance(cache, PrunedCache) and cache.owner is not owner:
         raise RuntimeError(
             "this KV cache was pruned by another wrapped model, or before this one was wrapped again; start a new "

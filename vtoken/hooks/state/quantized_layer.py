@@ -1,8 +1,7 @@
 """A cache layer that holds rows in few bits.
 
-It stands in for a DynamicLayer: `keys` and `values` are what that would hold, worked out anew whenever they are read,
-so at every step. Rows hold pieces one after another; what came last is a tail of full precision for all rows, and
-grows.
+It replaces a DynamicLayer: `keys` and `values` are dequantized whenever they are read, that is at every step. A row is
+a sequence of pieces; the newest tokens of all rows are a tail at full precision, which grows.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Plain:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> Plain:
-        """A copy: what these are views of may go."""
+        """Holds copies: what these are views of can then be freed."""
         return cls(keys.clone(), values.clone())
 
     @property
@@ -51,12 +50,12 @@ Side = Literal["keys", "values"]
 
 @dataclass(frozen=True)
 class Block:
-    """Some slots of all rows of a batch, filled from the right.
+    """Slots of all rows of a batch, with padding on the left.
 
     Attributes:
         rows: of every row its pieces, in order.
-        order: [B] which of the rows each row of the batch reads, None: its own. Beams share what they have in common,
-            and no order waits for the device.
+        order: [B] which of `rows` each row of the batch reads, None: its own. So beams share pieces, and reordering
+            does not wait for the device.
     """
 
     rows: tuple[tuple[Piece, ...], ...]
@@ -72,11 +71,11 @@ class Block:
         return x if self.order is None else x.index_select(0, self.order)
 
     def select(self, index: Tensor) -> Block:
-        """Rows of the batch [B'] in place of those there are."""
+        """The block whose batch consists of rows `index` [B'] of this one's."""
         return replace(self, order=index if self.order is None else self.order.index_select(0, index))
 
     def crop(self, count: int) -> Block:
-        """Without the newest slots, which are real in every row."""
+        """Without the newest `count` slots, which are real in every row."""
         rows = []
         for row in self.rows:
             left, pieces = sum(piece.length for piece in row) - count, list[Piece]()
@@ -92,8 +91,7 @@ class Block:
         return Block(rows, None if self.order is None else function(self.order))
 
     def packed(self) -> list[bool]:
-        """Of every row of the batch, whether any of it is in few bits. Waits for the device where rows were
-        reordered."""
+        """Per row of the batch, whether any of it is quantized. Waits for the device where rows were reordered."""
         own = [any(isinstance(piece, QuantizedKV) for piece in row) for row in self.rows]
         return own if self.order is None else [own[row] for row in self.order.tolist()]
 
@@ -102,10 +100,10 @@ class Block:
 
 
 class QuantizedLayer(DynamicLayer):
-    """See above. Made of a live DynamicLayer by `adopt`.
+    """See above. `adopt` makes one of a live DynamicLayer.
 
     Attributes:
-        blocks: what lies before the tail.
+        blocks: the slots before the tail.
         tail: keys and values [B, Hk, t, d] of the newest tokens.
     """
 
@@ -128,7 +126,7 @@ class QuantizedLayer(DynamicLayer):
         return self.keys, self.values
 
     def append(self, rows: Sequence[tuple[Piece, ...]], tail: tuple[Tensor, Tensor]) -> None:
-        """New slots, and the tail behind them. The tail there was becomes a block of its own."""
+        """Adds a block of these rows and, behind it, a new tail; the tail so far becomes a block in front of both."""
         if self.tail[0].shape[2]:
             old = tuple((Plain(k, v),) for k, v in zip(*self.tail, strict=True))
             self.blocks = (*self.blocks, Block(old))
@@ -138,8 +136,8 @@ class QuantizedLayer(DynamicLayer):
         return sum(block.length for block in self.blocks) + self.tail[0].shape[2]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Without the newest -tokens_to_remove; what is positive is the length that stays, as older versions of
-        transformers have it."""
+        """Removes the newest -tokens_to_remove tokens; a positive number is the length to crop to, as in older versions
+        of transformers."""
         count, (keys, values) = -tokens_to_remove, self.tail
         if tokens_to_remove > 0:
             count = max(0, self.get_seq_length() - tokens_to_remove)
@@ -158,7 +156,7 @@ class QuantizedLayer(DynamicLayer):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        # They may be a mask.
+        # `indices` may be a mask.
         self._select(torch.arange(len(self.tail[0]), device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -189,12 +187,12 @@ class QuantizedLayer(DynamicLayer):
         DynamicLayer.__init__(self)
 
     def tensors(self) -> list[Tensor]:
-        """All that is cached."""
+        """Tensors of all pieces, with what is needed to read them, and the tail."""
         return [*(t for block in self.blocks for t in block.tensors()), *self.tail]
 
 
 def adopt(cached: Any) -> QuantizedLayer:
-    """Lets a live DynamicLayer hold rows in few bits (idempotent). What it holds is its tail."""
+    """Makes a live DynamicLayer a QuantizedLayer (idempotent); what it holds becomes the tail."""
     if isinstance(cached, QuantizedLayer):
         return cached
     state = vars(cached)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ReadPicture:
-    """A picture of a prompt, or a piece of one that text parts.
+    """A picture of a prompt, or a piece of one where text stands between its pieces.
 
     Attributes:
         embeds: [N, D] of its tokens as they entered the language model; newline tokens are among them.

@@ -17,14 +17,14 @@ from vtoken.hooks.state.trace import StageTrace, Trace
 from vtoken.stages import Parts, size_of
 
 KINDS = ("image", "video")  # of visual tokens; Run.kinds counts from 1
-# As models call them.
+# Names of the arguments of models.
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 UNSEEN = "inputs_embeds came without pixels, so pictures that are merged in them already cannot be found"
 
 
 def pixels_of(kind: str, given: Mapping[str, Any]) -> Any:
-    """Those of one kind among the arguments of a call or what a processor returns; None without any."""
+    """Pixels of one kind among the arguments of a call, or in what a processor returns; None without any."""
     return next((given[name] for name in PIXELS[kind] if given.get(name) is not None), None)
 
 
@@ -38,7 +38,7 @@ class ImageLayout:
         newline: [N + newlines] bool, which of its placeholders are newline tokens; None without any.
         closed_by: [N] index of the newline that closes each token's row, -1 for none; given when `newline` is.
         encoded: newlines are made by the tower (CLS tokens): one is there only if its row is.
-        interpolated: tokens were interpolated after the tower, so that none is one tower position.
+        interpolated: tokens were interpolated after the tower, so that none stands for a single tower position.
     """
 
     parts: Parts
@@ -83,8 +83,8 @@ def runs(kinds: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class SkipPlan:
-    """Which images of a call of the feature function stages of the encoder leave alone; `skip_reason` says why if they
-    do nothing at all, `counted` as in Trace."""
+    """Which images of a feature call are left alone by stages of the encoder; skip_reason: why these do nothing at all,
+    if so; counted: as in Trace."""
 
     images: tuple[bool, ...]
     skip_reason: str | None = None
@@ -108,7 +108,7 @@ class FeatureCall:
     skip_plan: SkipPlan | None = None
 
     def skipped(self, each: Sequence[int]) -> tuple[bool, ...]:
-        """Of the parts of the images, so many each; empty where nothing is skipped."""
+        """Per part, whether it is skipped, for images of `each` parts; empty where nothing is skipped."""
         if self.skip_plan is None or not any(self.skip_plan.images):
             return ()
         return tuple(s for s, n in zip(self.skip_plan.images, each, strict=True) for _ in range(n))
@@ -136,7 +136,7 @@ class Encoded:
         stages: trace entries of encoder-site stages.
         history: what the vision tower left of the images, where its images are the model's; the next two are for towers
             that see other ones (crops).
-        alive: [ΣN] which tokens it left; None where all are. Values tell nothing: a model may overflow.
+        alive: [ΣN] which tokens it left; None where it left all. Their values cannot tell it: a model may overflow.
         absorbed_by: [ΣN] as in TokenHistory, when an encoder stage merged.
         counted: as in Trace.
         places_unknown: an encoder stage merged, but the model interpolated its output, so that no token stands for
@@ -177,12 +177,12 @@ class Run(threading.local):
     Attributes:
         kinds: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
         blocks: [B, L] columns of the same number see each other both ways, -1 at others; None: none do.
-        mask: what `outer` was given as its attention mask.
-        padding: [B, L] what `generate` has for one, before it makes a static cache's masks; None: nothing is padded.
-        unseen: it was given embeddings alone, which may hold pictures.
-        labels, tail: of the outermost call, see Prefill.
+        mask: the attention mask that the adapter's `outer` was given.
+        padding: [B, L] the mask of `generate`, before it makes those of a static cache; None: nothing is padded.
+        unseen: the call has embeddings and no pixels, so that pictures may be in them already.
+        labels, tail: of the outermost call, see `answered`.
         call, tower: the feature call and the tower call in progress.
-        skip_plan: kind -> which images of the prompt to come are left alone.
+        skip_plans: kind -> which images of the prompt to come are left alone.
         prompt: `input_ids` or `inputs_embeds` [B, L] of the prompt to come, of families whose layouts need it.
         cache: that of the forward in progress, if it holds a pruned prompt.
         encodes: kind -> what was encoded last; earlier: the same before the call in progress.
@@ -216,8 +216,8 @@ class Run(threading.local):
             self.earlier, self.prompt = dict(self.encodes), {}
 
     def forget(self) -> None:
-        """What was encoded and found out for a `generate`, or a forward outside of one, that is over. Features that
-        were encoded before it may be used again."""
+        """Drops what was encoded and found out for a `generate`, or a forward outside of one, that is over. Features
+        that were encoded before it may be used again."""
         if not self.generating:
             self.encodes = {kind: e for kind, e in self.encodes.items() if self.earlier.get(kind) is e}
             self.earlier, self.skip_plans, self.prompt, self.padding = {}, {}, {}, None
@@ -230,9 +230,9 @@ class Run(threading.local):
 
 
 class Clock:
-    """Moments on a device's own clock, taken without waiting for it: only who asks how far apart they are waits.
+    """Moments on a device's own clock, taken without waiting for it; only asking for the time between two waits.
 
-    As a context it takes the moments around a block.
+    As a context manager it times a block.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -246,12 +246,12 @@ class Clock:
         return event
 
     def wait(self) -> None:
-        """For everything the device was given."""
+        """Waits for everything that the device was given to do."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def between(self, start: Any, end: Any) -> float:
-        """Milliseconds."""
+        """Milliseconds from start to end; waits for the device."""
         if self.device.type != "cuda":
             return 1e3 * (end - start)
         end.synchronize()
@@ -265,5 +265,5 @@ class Clock:
         self.end = self.now()
 
     def milliseconds(self) -> float:
-        """Of the block."""
+        """Time of the block; waits for the device."""
         return self.between(self.start, self.end)

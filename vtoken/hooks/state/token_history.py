@@ -19,9 +19,10 @@ class TokenHistory:
         full: unpruned tokens per image.
         raster_index: [ΣK] position of each live token in its image's unpruned raster.
         lengths: live tokens per image; None means `full`.
-        slot: [Σfull] packed live token that stands for each unpruned one, -1 = dropped; None while nothing was merged.
+        slot: [Σfull] index, among all live tokens, of the one that stands for each unpruned one, -1 = dropped; None
+            while nothing was merged.
         complete: `slot` holds no -1.
-        known_size: `size`, where the decision says it.
+        known_size: `size`, where the decision tells it.
     """
 
     full: tuple[int, ...]
@@ -57,9 +58,9 @@ class TokenHistory:
         return dead.index_fill_(0, self.places, True)
 
     def advance(self, keep: Keep) -> TokenHistory:
-        """After a decision."""
+        """The history after a decision."""
         index = keep.index.to(self.raster_index.device)
-        # Of one whole image, a token's row is its place.
+        # In a single image that is whole, the index of a token is its raster index.
         raster_index = index if len(self.full) == 1 and not self.short else self.raster_index[index]
         if keep.into is None and self.slot is None:
             return TokenHistory(self.full, raster_index, keep.lengths)
@@ -118,5 +119,5 @@ class TokenHistory:
 
 
 def _last_for_none(values: Tensor) -> Tensor:
-    """With -1 behind the last: what index -1 then finds."""
+    """The values and a -1 behind them, so that index -1 finds -1."""
     return torch.cat([values, values.new_full((1,), -1)])

@@ -14,8 +14,8 @@ from vtoken.stages import Grid, Parts
 
 
 class Deferred:
-    """A field that may be given as a function, which is called when the field is first read: what it tells is on the
-    device, and a prefill does not wait for it.
+    """A field that may be given as a function, which is called when the field is first read: its value is on the
+    device, and a prefill does not wait for that.
 
     Args:
         default: of the field, if it has one.
@@ -61,14 +61,14 @@ class StageTrace:
         stood_aside: why the stage did nothing, or None (rows of a batch that ran dense: `Trace.dense_rows`).
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder, decoder, attention and cache sites.
-        backend: at site attention, what computed it: torch, triton or flex.
+        backend: at site attention, what computed it: torch, triton or flex; several where rows differ ("flex, torch").
         frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
-        resized: of stages that resize, per image, the raster of the smaller picture, whose tokens are `kept` in the
-            upper left corner of its own.
+        resized: of stages that resize, per image, the raster of the smaller picture; `kept` are its tokens, in the
+            upper left corner of the image's own raster.
         rows_aside: at sites attention and decode, per batch row: why it read everything while others did not, or None.
-        slots_read: at site decode, for every token generated since, by a step of its own, per batch row: slots whose
-            key and value each key head read, summed over the layers that attend. Padding of later turns counts.
+        slots_read: at site decode, for every token generated since in a step of its own, per batch row: how many slots
+            each key head read, summed over the layers that attend. Padding of later turns counts.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on
             the device).
     """
@@ -137,13 +137,13 @@ class Trace:
         prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
         cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty
             without one.
-        cache_bytes: bytes that keys and values take after prefill, packed ones with all that reads them (0 without a
-            cache).
+        cache_bytes: bytes that keys and values take after prefill, quantized ones with all that is needed to read them
+            (0 without a cache).
         dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's
             `min_visual_tokens`.
-        counted: what the vision tower's stages compared with `min_visual_tokens`: "rows", or where the prompt was not
-            known when its pictures were encoded each of the "images" alone; None without a threshold, or without such
-            stages.
+        counted: whose visual tokens the vision tower's stages compared with `min_visual_tokens`: those of "rows", or of
+            each of the "images" alone, where the prompt was not known when its pictures were encoded; None without a
+            threshold, or without such stages.
     """
 
     stages: list[StageTrace] = field(default_factory=list)
@@ -172,15 +172,14 @@ class Trace:
         return table(self)
 
     def with_pictures(self, *pictures: Any, processor: Any = None) -> Self:
-        """Makes the pictures known that the prompt showed, so that a notebook draws what stayed of them; returns the
-        trace.
+        """Gives the trace the pictures of the prompt, so that a notebook draws what stayed of them; returns the trace.
 
         Args:
             pictures: PIL images, one per image of the trace, or the frames of its only video.
             processor: of the model, needed where it crops pictures (CLIP's does, if they are not square).
 
         Raises:
-            ConfigError: another number of pictures than the trace has images.
+            ConfigError: there are not as many pictures as images in the trace, and it is not of a single video.
         """
         video = len(self.parts) == 1 and self.parts[0][0][0] > 1
         if len(pictures) != len(self.parts) and not video:
@@ -203,8 +202,8 @@ class Trace:
 
     @property
     def kept(self) -> list[Tensor]:
-        """Per image, unpruned indices of the tokens alive after the last stage that chose; what a cache stage evicts
-        took part."""
+        """Per image, raster indices of the tokens that were live after the last stage that chose. Tokens that a cache
+        stage drops are among them: they took part in the prefill."""
         for stage in reversed(self.stages):
             if stage.kept and stage.site != "cache":
                 return stage.kept
@@ -232,7 +231,7 @@ class Trace:
 
     @property
     def average_tokens(self) -> float:
-        """Visual tokens of the whole batch, averaged over decoder layers (papers mix this with tokens at entry)."""
+        """Visual tokens of the whole batch, averaged over decoder layers (papers give this or the tokens at entry)."""
         counts: Sequence[int] = [sum(layer) for layer in self.layers] or [sum(self.visual_tokens)]
         return sum(counts) / len(counts)
 

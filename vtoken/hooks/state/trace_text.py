@@ -46,7 +46,7 @@ def _step(name: str, entries: list[StageTrace]) -> str:
 
 
 def table(trace: Trace) -> str:
-    """A row per stage, layers at which it did the same in one; tokens per image."""
+    """The line, and a row per stage; layers at which it did the same share one. Tokens are per image."""
     drawn = Table(
         "stage", "site", "layer", "tokens in", "tokens out", "ms", "note", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )

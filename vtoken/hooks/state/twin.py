@@ -12,11 +12,11 @@ from vtoken.errors import UnsupportedError
 
 
 def twin(model: nn.Module) -> Any:
-    """A model that shares every parameter with this one and nothing else: hooks, attributes and what modules remember
+    """A model that shares every parameter and the config with this one: hooks, attributes and what modules remember
     from call to call (rope_deltas) are its own. Buffers are shared until one of the two gets others, as by `to`.
 
     Raises:
-        UnsupportedError: a module's `forward` is another object's (accelerate puts one there where it spreads a model
+        UnsupportedError: a module's `forward` is an instance attribute (accelerate sets one where it spreads a model
             over devices), which would run the first tree.
     """
     made: dict[int, nn.Module] = {}
