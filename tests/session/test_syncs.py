@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from syncs import OnDevice, Recorder, on_device
-from tiny import FAMILIES, build, make
+from tiny import FAMILIES, VIDEO, build, make
 from torch import Tensor
 from usual import stage
 
@@ -20,7 +21,7 @@ from vtoken.errors import UnsupportedError
 ENTRY = ("asked", "prompt_images.py:counted")
 
 
-def waits(family: str, pipeline: object, rows: list[list[int | str]], acts: bool = True) -> list[tuple[str, str]]:
+def waits(family: str, pipeline: object, rows: list[list[Any]], acts: bool = True) -> list[tuple[str, str]]:
     """Of the second prefill: layouts that were worked out once are known. The kernels have tests of their own on a
     GPU."""
     model = make(family)
@@ -99,7 +100,7 @@ BESIDES = {
     "prefill_start.py:still_there",
     "prefill_state.py:leave",
 }
-THREE: list[list[int | str]] = [[3, "img", 5], [2, "img", 1, "img", 4]]
+THREE: list[list[Any]] = [[3, "img", 5], [2, "img", 1, "img", 4]]
 
 
 @cache
@@ -119,6 +120,35 @@ def test_every_stage_waits_once_more_at_most(name: str, family: str) -> None:
     more = Counter(where for where in found if where[1] not in BESIDES) - own_waits(family)
     assert {kind for kind, _ in more} <= {"asked"}, more
     assert more.total() <= MORE.get(name, 1), more
+
+
+VIDEOS = [name for name in registry.stages() if registry.stage(name).videos_only or name.startswith("frames_")]
+# In a prefill of a video in each of 2 rows.
+MORE_IN_VIDEOS = {
+    "fastvid": 2,  # in every video, where segments begin
+    "flashvid": 2,
+    "frames_changed": 6,  # in every video, how much frames differ; then as the next
+    "frames_farthest": 4,  # which stay, for the trace, and where a padded tower's crops are frames
+    "frames_relevant": 4,
+    "frames_uniform": 4,
+    "holitom": 6,  # in every video, what stands still, and how much of it
+    "prunevid": 6,
+    "vidcom2": 4,  # in every video, its frames, and how unusual each is
+}
+
+
+@pytest.mark.parametrize("family", VIDEO)
+@pytest.mark.parametrize("name", VIDEOS)
+def test_stages_of_videos_wait_no_oftener(name: str, family: str) -> None:
+    rows: list[list[Any]] = [[3, ("video", 4), 5], [2, ("video", 4), 4]]
+    try:
+        found = waits(family, [stage(name)], rows)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    more = Counter(where for where in found if where[1] not in BESIDES)
+    more -= Counter(waits(family, "uniform:4", rows))
+    assert {kind for kind, _ in more} <= {"asked"}, more
+    assert more.total() <= MORE_IN_VIDEOS.get(name, 1), more
 
 
 @pytest.mark.parametrize("name", ["anchorattention", "flexprefill", "xattention", "proxyattn", "static_sparse"])

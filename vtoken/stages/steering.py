@@ -59,7 +59,7 @@ class SteeredLayer:
             if len(at := behind.nonzero()[:, 0]):
                 yield slice(row, row + 1), at
 
-    def weights(self, rows: slice, at: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def attention(self, rows: slice, at: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the attention of the queries in the new slots `at` [R] of these rows, a chunk of queries at a time, so
         that it is never all in memory: the slots [R'] of the chunk, and its attention [B', H, R', S], fp32."""
         k = self.k[rows].float()

@@ -84,7 +84,7 @@ class Amplify(SteeredAttention):
         gains, new = torch.zeros_like(out, dtype=torch.float32), out.shape[1]
         for rows, at in layer.text_rows():
             before: Tensor | None = None
-            for _, weights in layer.weights(rows, at):
+            for _, weights in layer.attention(rows, at):
                 mean = weights[0, :, :, -new:].mean(0)  # [R, P]
                 earlier = mean[:1] if before is None else before
                 gains[rows] += (mean - torch.cat([earlier, mean[:-1]])).clamp(min=0).sum(0)

@@ -62,7 +62,7 @@ class VAR(SteeredAttention):
         moved, behind = torch.zeros_like(out), layer.behind[:, :, None]
         for rows, at in layer.text_rows():
             sinks, visual, v = layer.marked[rows], layer.visual[rows], layer.v[rows].float()
-            for part, weights in layer.weights(rows, at):
+            for part, weights in layer.attention(rows, at):
                 taken = self._taken(weights, sinks[:, None, None], visual[:, None, None])
                 grouped = taken.unflatten(1, (v.shape[1], -1))
                 each = torch.einsum("bhgrs,bhsd->brhgd", grouped, v).flatten(2, 3)

@@ -74,7 +74,7 @@ class TaskKV(SnapKV):
         )
 
     def compress(self, layer: CachedLayer) -> HeadClasses:
-        n, device, scores = layer.keys.shape[1], layer.keys.device, self.weights(layer)
+        n, device, scores = layer.keys.shape[1], layer.keys.device, self.received(layer)
         every, none = torch.arange(n, device=device)[None], torch.zeros(1, 0, dtype=torch.int64, device=device)
         full, *rest = self.split(layer, scores) if layer.classes is None else layer.classes
         classes = [HeadSlots(full, every, none)]
@@ -88,17 +88,17 @@ class TaskKV(SnapKV):
             classes.append(HeadSlots(heads, stay, none))
         return HeadClasses(tuple(classes))
 
-    def weights(self, layer: CachedLayer) -> Tensor:
+    def received(self, layer: CachedLayer) -> Tensor:
         """[Hk, N] attention that each token receives."""
         window = self.query_window(layer.keys.shape[1], layer.lengths, layer.behind)
         received = shared(layer.query_attention, layer.queries, layer.keys, layer.scale).received(window) / window
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d
         return pool(received, self.kernel, 1, self.kernel // 2).mean(1)
 
-    def split(self, layer: CachedLayer, weights: Tensor) -> tuple[Tensor, ...]:
+    def split(self, layer: CachedLayer, received: Tensor) -> tuple[Tensor, ...]:
         """The key heads that keep everything, and the others, if there are any; ascending."""
-        whole, top = self.whole(len(weights), *layer.place), best(weights, self.top)
-        vectors = (weights.gather(1, top)[..., None] * layer.values.take_along_dim(top[..., None], 1).float()).sum(1)
+        whole, top = self.whole(len(received), *layer.place), best(received, self.top)
+        vectors = (received.gather(1, top)[..., None] * layer.values.take_along_dim(top[..., None], 1).float()).sum(1)
         far = (vectors - vectors.mean(0)).norm(dim=1)
         # Two heads are equally far from their mean, and rounding is not to choose between them.
         order = (far / far.max().clamp(min=1e-30)).round(decimals=4).argsort(descending=True, stable=True)

@@ -38,10 +38,10 @@ class FramesFarthest(FramePruner):
 
 def farthest(x: Tensor, k: int) -> Tensor:
     """[k] rows of x [F, D] (length 1), ascending; the first row is always among them."""
-    chosen = [torch.zeros((), dtype=torch.long, device=x.device)]
+    chosen = [torch.zeros(1, dtype=torch.long, device=x.device)]
     nearest = x @ x[0]
     for _ in range(k - 1):
-        nearest[chosen[-1]] = torch.inf
-        chosen.append(nearest.argmin())
-        nearest = torch.maximum(nearest, x @ x[chosen[-1]])
-    return torch.stack(chosen).sort().values
+        nearest = nearest.index_fill(0, chosen[-1], torch.inf)
+        chosen.append(nearest.argmin(0, keepdim=True))
+        nearest = torch.maximum(nearest, x @ x[chosen[-1]][0])
+    return torch.cat(chosen).sort().values

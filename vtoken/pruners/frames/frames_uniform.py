@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import ClassVar
-
-import torch
 
 from vtoken.pruners.frames._frames import FramePruner
 from vtoken.pruners.tokens.uniform import centres
-from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of, uploaded
+from vtoken.stages import Keep, VisualTokens, keep_all, uploaded
 
 
 class FramesUniform(FramePruner):
@@ -24,7 +23,6 @@ class FramesUniform(FramePruner):
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
-        starts = offsets_of(tokens.lengths, torch.device("cpu")).tolist()
-        spans = zip(starts, tokens.lengths, counts, strict=False)
+        spans = zip(accumulate(tokens.lengths, initial=0), tokens.lengths, counts, strict=False)
         kept = [start + at for start, n, k in spans for at in centres(n, k)]
         return Keep(uploaded(kept, tokens.x.device), counts)

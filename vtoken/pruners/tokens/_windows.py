@@ -48,12 +48,11 @@ def grouped(
     stays = still[window, place]
     root = torch.where(stays, row[first[window], place], own)
     group = torch.where(stays, window, len(windows) + frame)
-    sizes = torch.bincount(group, (root == own).float(), len(windows) + len(lengths)).int().tolist()
+    sizes = own.new_zeros(len(windows) + len(lengths)).index_add_(0, group, (root == own).to(own)).tolist()
     order = torch.where(root == own, group, len(sizes)).argsort(stable=True)[: sum(sizes)]
     slot = torch.empty_like(own).index_copy_(0, order, own[: len(order)])[root]
-    return Groups(
-        order, slot, sizes, merge_tokens(x.float(), slot, len(order)), torch.bincount(slot, minlength=len(order))
-    )
+    members = own.new_zeros(len(order)).index_add_(0, slot, torch.ones_like(slot))
+    return Groups(order, slot, sizes, merge_tokens(x.float(), slot, len(order)), members)
 
 
 def static_windows(alike: Tensor) -> tuple[list[tuple[int, int]], int]:

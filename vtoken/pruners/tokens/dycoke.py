@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.kernels import topk_tokens
 from vtoken.pruners.tokens._video import by_place, is_video
-from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, image_of, keep_all, offsets_of
+from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, image_of, keep_all, offsets_of, uploaded
 
 NEW = 3.0  # above any dissimilarity
 
@@ -69,8 +69,9 @@ class DyCoke(Stage):
         """Rows of a video that stay, ascending."""
         table, row, place, lengths = by_place(tokens, image)
         of = self.reference(len(lengths))
-        change = 1 - torch.cosine_similarity(table, table[of], dim=2)
-        change = torch.where((row >= 0) & (row[of] >= 0), change, NEW)
+        other = uploaded(of, table.device)
+        change = 1 - torch.cosine_similarity(table, table[other], dim=2)
+        change = torch.where((row >= 0) & (row[other] >= 0), change, NEW)
         if self.as_released:
             change[1::2] = change[1::2].roll(1, 0)
         stay = [n if of[f] == f else 0 if of[f] < 0 else max(1, int(self.left * n)) for f, n in enumerate(lengths)]

@@ -56,7 +56,7 @@ class PruneVid(Stage):
             table, row, place, lengths = by_place(tokens, image)
             x, frame = tokens.x[rows], image_of(lengths, place.device)
             real = [f for f, n in enumerate(lengths) if n]
-            means = merge_tokens(x.float(), frame, len(lengths))[real]
+            means = merge_tokens(x.float(), frame, len(lengths))[uploaded(real, x.device)]
             count = max(1, int(len(real) * self.scenes))
             found: list[int] = density_peaks(means, [len(real)], [count], NEIGHBOURS, limited=False).tolist()
             # Frames without tokens take the scene of the frame before.
