@@ -78,10 +78,11 @@ def run(asked: Settings) -> None:
     from vtoken.evals.lmms.harness import Harness
     from vtoken.evals.lmms.model import VtokenModel
     from vtoken.evals.quality.report import publish
-    from vtoken.evals.quality.run import evaluate
+    from vtoken.evals.quality.run import evaluate, planned
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
 
+    planned(pipelines, asked.out)
     set_threads(asked.threads)
     harness = Harness(tasks, [folder.resolve() for folder in asked.include], asked.prompts)
     options = {"device": asked.device, "lmms_eval_pixels": asked.lmms_eval_pixels, **asked.model_args()}

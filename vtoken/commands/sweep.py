@@ -48,7 +48,7 @@ class Settings(Options):
 
     file: Path = argument("SWEEP.yaml", "what to sweep")
     out: Path = option(Path("vtoken-sweep"), "folder", "DIR")
-    workers: int | None = option(None, "processes (default: 1), or actors of --ray")
+    workers: int | None = option(None, "processes (default: 1), or actors of --ray", ge=1)
     threads: int | None = option(None, "CPU threads of torch, of all workers together", ge=1)
     ray: str | None = option(None, "spread points over a Ray cluster (needs Ray)", "ADDRESS", bare="")
     in_json: bool = as_json("print what is in results.json and nothing else")
@@ -58,9 +58,11 @@ def run(asked: Settings) -> None:
     """Sweeps, writes and prints."""
     from vtoken.evals.lmms.prepare import prepare, prepare_ray
     from vtoken.evals.quality.options import Sweep
+    from vtoken.evals.shared.whole import check_out
     from vtoken.evals.shared.yaml_options import read
 
     sweep = read(Sweep, asked.file)
+    check_out(asked.out)
     if asked.ray is not None:
         prepare_ray()
     prepare("vtoken sweep")

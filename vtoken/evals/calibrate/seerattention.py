@@ -38,7 +38,7 @@ class Settings(Training, ModelCommand):
     data: str = option(..., ABOUT, "DATA")
     limit: int | None = option(None, "first N questions (default: all)", ge=1)
     size: int = option(64, "tokens of a block (default: %(default)s, the authors')", choices=SIZES)
-    threshold: float | None = option(None, "to measure density and recall at (default: the stage's)")
+    threshold: float | None = option(None, "to measure density and recall at (default: the stage's)", ge=0, lt=1)
     out: Path = weights_file()
 
 

@@ -36,7 +36,7 @@ class Settings(ModelCommand):
         "KL",
         ge=0,
     )
-    first: int | None = option(None, "first layer that is tried (default: 5 of 32, as the authors)", "K")
+    first: int | None = option(None, "first layer that is tried (default: 5 of 32, as the authors)", "K", ge=1)
 
 
 def run(asked: Settings) -> None:

@@ -56,11 +56,7 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
 
     Returns:
         The files written: without the page if a package is missing.
-
-    Raises:
-        ConfigError: `file` would lie in a folder that does not exist.
     """
-    whole.check_folder(file)
     table = evaluation.folder / "table.md"
     table.write_text(markdown(found), encoding="utf-8")
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:

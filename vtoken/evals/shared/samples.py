@@ -33,17 +33,16 @@ class Sample:
     answer: str | None = None
 
 
-def read(data: str | None, limit: int | None = None) -> list[Sample]:
+def read(data: str | None, limit: int | None = None, answered: bool = False) -> list[Sample]:
     """The first `limit` samples.
 
     Args:
         data: see ABOUT. None: the last of the shipped questions instead, so that the first ones stay fresh for a test.
+        answered: whether all must have an answer.
 
     Raises:
         ConfigError: no such data, none in it, or a line that does not fit; names file and line.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"the limit must be at least 1 question, not {limit}")
     if data in (None, "reference"):
         shipped = [Sample(q.image, q.question, q.answer) for q in reference.questions()]
         return shipped[:limit] if data else shipped[-(limit or 0) :]
@@ -57,7 +56,10 @@ def read(data: str | None, limit: int | None = None) -> list[Sample]:
     lines = [line for line in enumerate(text.splitlines(), 1) if line[1].strip()]
     if not lines:
         raise ConfigError(f"{file} is empty; give {ABOUT}")
-    return [_sample(file, number, line) for number, line in lines[:limit]]
+    found = [_sample(file, number, line) for number, line in lines[:limit]]
+    if answered and any(sample.answer is None for sample in found):
+        raise ConfigError(f"accuracy needs an answer to every question; {file} lacks some: add them, or take agreement")
+    return found
 
 
 def _sample(file: Path, number: int, line: str) -> Sample:
