@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import VtokenError
-from vtoken.evals.shared.options import ModelCommand, as_json, number, option
+from vtoken.evals.shared.options import DATA, ModelCommand, as_json, number, option
 
 DESCRIPTION = "Searches stages, budgets and options: quality against cost."
 EXAMPLES = """\
@@ -57,7 +57,7 @@ class Settings(ModelCommand):
 
     space: Path = option(..., "what may vary")
     keep_accuracy: float = option(0.98, "of dense's quality (default: 98%)", "SHARE", read=_share, gt=0, le=1)
-    data: str = option("reference", "reference, FILE.jsonl or lmms-eval's tasks", "DATA")
+    data: str = option("reference", f"{DATA}; or lmms-eval's tasks", "DATA")
     limit: int | None = option(None, "first N samples (of each task)", ge=1)
     include: tuple[Path, ...] = option((), "folders with tasks of yours (lmms-eval's YAML)", "DIR")
     quality: str | None = option(

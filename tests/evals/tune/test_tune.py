@@ -173,6 +173,23 @@ def test_samples(place: Path, asked: list[samples.Sample]) -> None:
     assert len(few) == 3 and all(s.answer and s.prompt.images for s in few)
 
 
+def test_data_are_what_other_commands_take(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with questions.jsonl, or a file of any name; tasks have no path."""
+    for name in ("questions.jsonl", "mine.txt"):
+        (place / name).write_text((place / "own.jsonl").read_text())
+    want = samples.fingerprint(samples.load(str(place / "own.jsonl"), None))
+    for given in (place, place / "questions.jsonl", place / "mine.txt"):
+        assert samples.tasks(str(given), None) is None
+        assert samples.fingerprint(samples.load(str(given), None)) == want
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text("alternatives: {a: [random: {keep: 4}]}\n")
+    for given in ("no/such", "none.jsonl", "./"):
+        assert main(["tune", "tiny-llava", "--space", "space.yaml", "--data", given]) == 2
+        assert f"no data '{given}'; give `reference`" in capsys.readouterr().err
+
+
 def test_prompts_of_tasks_are_those_the_model_is_asked() -> None:
     pytest.importorskip("lmms_eval")
     heard = samples.tasks("vtoken_glyph_qa", 3).samples

@@ -13,8 +13,8 @@ from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
 from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
-from vtoken.evals.shared.options import ModelCommand, option
-from vtoken.evals.shared.samples import ABOUT, load, read
+from vtoken.evals.shared.options import DATA, ModelCommand, option
+from vtoken.evals.shared.samples import load, read
 from vtoken.evals.shared.whole import check_folder
 from vtoken.evals.statistics import wilson
 
@@ -34,7 +34,7 @@ TARGETS = ("agreement", "accuracy", "mean_layer")
 
 
 class Settings(ModelCommand):
-    data: str | None = option(None, f"{ABOUT} (default: the last of the shipped)", "DATA")
+    data: str | None = option(None, f"{DATA} (default: the last of the shipped)", "DATA")
     limit: int = option(100, "so many questions", ge=1)
     agreement: float | None = option(None, "of answers that stay word for word (default: 0.99)", "SHARE", gt=0, le=1)
     accuracy: float | None = option(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtoken.evals.lmms.prompts import Prompt, from_chat
-from vtoken.evals.shared.samples import read
+from vtoken.evals.shared.samples import is_data, read
 
 if TYPE_CHECKING:  # It needs lmms-eval.
     from vtoken.evals.tune.tasks import Tasks
@@ -34,7 +34,7 @@ def load(data: str, limit: int | None, answered: bool = False) -> list[Sample]:
 def tasks(data: str, limit: int | None, folders: Sequence[Path] = ()) -> Tasks | None:
     """lmms-eval's tasks of these names, those in `folders` included, each with its first documents; None where `data`
     names what `load` reads."""
-    if data == "reference" or data.endswith(".jsonl"):
+    if is_data(data):
         return None
     from vtoken.evals.lmms.prepare import prepare
 
