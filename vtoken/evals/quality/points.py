@@ -87,7 +87,7 @@ def ask(
     Args:
         documents: by task, the document that FLOPs are counted on, or why they are not; what is missing is added.
     """
-    from vtoken.evals.lmms.harness import whoever
+    from vtoken.evals.lmms.harness import everyone, whoever
 
     documents = {} if documents is None else documents
     model.use(point.pipeline)
@@ -98,8 +98,13 @@ def ask(
         found = {(r.task, r.doc): r for r in model.requests if r.repeat == 0}
         document = documents.get(point.task)
         if document is None:
+            model.use(DENSE)
+            counts = {key: request.reply.cost.visual_tokens for key, request in found.items()}
+            if point.pipeline.anyres != "model":
+                for share in everyone(costs.cut_anew(model, counts)):
+                    counts |= share
             with suppress(KeyError):  # another process may have answered it
-                document = costs.typical(model, list(found.values()))
+                document = costs.typical(model, counts)
             document = documents[point.task] = whoever(document)
         counted = costs.flops(model.generator.model.config, point.pipeline, document)
     finally:
