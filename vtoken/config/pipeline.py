@@ -255,8 +255,9 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         raise source.error(
             path, f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}"
         )
-    files = {o: source.placed(options[o]) for o in cls.file_options() if isinstance((options or {}).get(o), str)}
-    options = {**(options or {}), **files}
+    given = options or {}
+    files = {key: source.placed(given[key]) for key in cls.file_options() if isinstance(given.get(key), str)}
+    options = {**given, **files}
     try:
         # JSON mode is strict about numbers, strings and booleans, yet takes lists for tuples, as YAML writes them.
         return cls.model_validate_json(json.dumps(options, default=_plain), strict=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
-from vtoken.evals.cost.flops import account, picture_size
-from vtoken.evals.lmms.prompts import encode, text_tokens
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms.prompts import encode, workload
 from vtoken.evals.lmms.records import dense_tokens
 from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.options import Workload
@@ -54,23 +54,13 @@ def typical(model: VtokenModel, counts: Mapping[tuple[str, int], int]) -> Typica
     if bool(prompt.images) == bool(prompt.clips):
         return "the prompt shows no picture" if not prompt.images else "the prompt shows pictures and videos"
     inputs = encode(generator.processor, [prompt], generator.model)
-    if prompt.clips:
-        grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else {}
-    else:
-        grids = {key: inputs[key] for key in ("image_grid_thw", "image_sizes") if key in inputs}
+    grids = [inputs[key] for key in ("video_grid_thw", "image_grid_thw", "image_sizes") if key in inputs]
     alike = len({i.parts for i in generator.adapter.layouts("image", inputs)}) == 1 if prompt.images else True
-    if not alike or any((grid != grid[0]).any() for grid in grids.values()):
+    if not alike or any((grid != grid[0]).any() for grid in grids):
         return "the pictures of the prompt differ in size"
     if len({len(clip.frames) for clip in prompt.clips}) > 1:
         return "the videos of the prompt differ in length"
-    work = Workload(
-        images=len(prompt.images) or len(prompt.clips),
-        frames=len(prompt.clips[0].frames) if prompt.clips else 1,
-        image_size=picture_size(generator.model.config, {**inputs, **grids}),
-        text_tokens=text_tokens(generator.adapter, inputs),
-        new_tokens=1,
-    )
-    return Typical(chosen[1], work, counts[chosen])
+    return Typical(chosen[1], workload(generator.adapter, prompt, inputs), counts[chosen])
 
 
 def flops(config: Any, pipeline: Pipeline, document: Typical | str) -> dict[str, Any]:
