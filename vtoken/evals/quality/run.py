@@ -9,7 +9,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.harness import Harness, ranks
 from vtoken.evals.lmms.model import VtokenModel
-from vtoken.evals.quality import costs, regressions
+from vtoken.evals.quality import regressions
 from vtoken.evals.quality.points import Answered, Point, ask
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.shared.bars import say
@@ -69,7 +69,6 @@ def evaluate(
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     kept: dict[Point, Answered | None] = {Point(k, p, task): None for k, p in enumerate(runs) for task in harness.tasks}
-    documents: dict[str, costs.Typical | str] = {}
     run = 0
     try:
         for k, point in enumerate(kept):
@@ -77,7 +76,7 @@ def evaluate(
                 run = point.run
                 assemble(folder, model.pretrained, command, runs, kept)
             say(f"{point.pipeline.name}: {point.task}", k / len(kept))
-            kept[point] = ask(model, harness, point, limit, folder, documents)
+            kept[point] = ask(model, harness, point, limit, folder)
     finally:
         results = assemble(folder, model.pretrained, command, runs, kept)
     assert results is not None  # the first dense point is there, or something was raised
