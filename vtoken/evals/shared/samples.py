@@ -34,7 +34,7 @@ def read(data: str | None, limit: int | None = None, answered: bool = False) -> 
     """The first `limit` samples.
 
     Args:
-        data: see `DATA` of the options. None: the last of the shipped questions instead, so that the first ones stay fresh for a test.
+        data: see DATA. None: the last of the shipped questions instead, so that the first ones stay fresh for a test.
         answered: whether all must have an answer.
 
     Raises:

@@ -44,7 +44,8 @@ class Space(Options):
         found = []
         for name in self.alternatives:
             try:
-                found += [self.draw(name, lambda key, given, k=k: _ends(key, given)[k]) for k in (0, -1)]
+                found.append(self.draw(name, lambda key, given: _ends(key, given)[0]))
+                found.append(self.draw(name, lambda key, given: _ends(key, given)[-1]))
             except ConfigError as error:
                 raise ConfigError(f"alternative {name!r}: {error}") from error
         return found
