@@ -338,3 +338,41 @@ def test_errors_in_a_preset_name_the_line(preset: Any, tmp_path: Path, text: str
     with pytest.raises(ConfigError) as caught:
         preset(text)
     assert str(caught.value).startswith(f"{tmp_path / 'presets' / 'mine.yaml'}:{line}: ") and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["other.yaml", "sub", "static_sparse:gates=gates.json", "[static_sparse: {gates: gates.json}]"],
+)
+def test_files_that_a_draft_names_stand_beside_the_pipeline_file(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the draft is written; what does not stand there is looked for in the working directory."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, layer in ((here, 2), (there, 3)):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "gates.json").write_text("[[1.0, 0.5]]")
+        for file in ("other.yaml", "sub/vtoken.yaml"):
+            (folder / file).write_text(f"stages: [fastv: {{layer: {layer}, keep: 4}}]\n")
+    (here / "mine.yaml").write_text(f"stages: []\ndraft: {text}\n")
+    monkeypatch.chdir(there)
+
+    def named() -> Any:
+        draft = config.load("../here/mine.yaml").draft
+        assert draft is not None
+        stage: Any = draft.stages[0]
+        return stage.layer if stage.name == "fastv" else stage.gates
+
+    assert named() in (2, str(here / "gates.json"))
+    for file in ("other.yaml", "sub/vtoken.yaml", "gates.json"):
+        (here / file).unlink()
+    (here / "sub").rmdir()
+    assert named() in (3, "gates.json")
+
+
+def test_drafts_that_name_each_other_are_refused(tmp_path: Path) -> None:
+    for name, draft in (("a", "b.yaml"), ("b", "a.yaml"), ("own", "own.yaml")):
+        (tmp_path / f"{name}.yaml").write_text(f"stages: []\ndraft: {draft}\n")
+    for name in ("a", "own"):
+        with pytest.raises(ConfigError, match="the pipeline of a draft has no draft itself"):
+            config.load(tmp_path / f"{name}.yaml")

@@ -166,9 +166,9 @@ def test_tune_searches_among_what_is_written() -> None:
 def without_lmms_eval(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     """Parts of vtoken.evals.lmms that import lmms-eval, as modules of a few functions."""
     monkeypatch.setattr("vtoken.evals.lmms.prepare.prepare", lambda what: None)
-    for name in ("lmms.harness", "lmms.model", "quality.report", "quality.run"):
+    for name in ("lmms.harness", "lmms.model", "quality.printed", "quality.run"):
         module = ModuleType(name)
-        vars(module).update(Harness=Stub, VtokenModel=Stub, publish=Stub, **functions)
+        vars(module).update(Harness=Stub, VtokenModel=Stub, publish=Stub, planned=Stub, **functions)
         monkeypatch.setitem(sys.modules, f"vtoken.evals.{name}", module)
 
 

@@ -97,7 +97,7 @@ def run(asked: Settings) -> None:
     from vtoken.config import load
     from vtoken.evals.shared import models
     from vtoken.evals.shared.media import read
-    from vtoken.evals.speed.drafted import measure
+    from vtoken.evals.speed.drafted import check, measure
     from vtoken.evals.speed.latency import bench
 
     if asked.break_even and (asked.images > 1 or asked.media or not asked.pipelines):
@@ -106,6 +106,8 @@ def run(asked: Settings) -> None:
         )
     if (asked.drafts and (asked.break_even or not asked.pipelines)) or (asked.draft_model and not asked.drafts):
         raise ConfigError("--drafts compares pipelines of a draft with plain decoding: name some, without --break-even")
+    if asked.drafts:
+        check(asked)
     if asked.media and asked.image_size:
         raise ConfigError("--media has a size of its own: leave --image-size out")
     pipelines = [load(each) for each in asked.pipelines]  # A typing error must not cost the loading of a model.

@@ -27,9 +27,12 @@ EXAMPLES = """examples:
 
 def _budgets(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,32,16") from None
+        found = (0,)
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,32,16")
+    return found
 
 
 class Settings(Options):
@@ -65,9 +68,11 @@ def run(asked: Settings) -> None:
     from vtoken.evals.pictures.report import render
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
+    from vtoken.evals.shared.whole import check_out
 
     if asked.model not in reference.names():
         raise VtokenError(unknown("reference model", asked.model, reference.names()))
+    check_out(asked.out)
     if asked.command() == Settings().command():
         print("takes about a minute of one core, no GPU", file=sys.stderr)
     set_threads(1)  # So small a model gains nothing from more, and loses where cores are busy.

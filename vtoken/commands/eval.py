@@ -5,14 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vtoken.errors import ConfigError
 from vtoken.evals.quality.options import EvalOptions
 from vtoken.evals.shared.options import argument, as_json, option
-
-if TYPE_CHECKING:
-    from vtoken.evals.quality.results import Results
 
 DESCRIPTION = "Scores pipelines with lmms-eval's tasks and scorers, and records what every answer cost."
 EXAMPLES = """\
@@ -77,18 +73,19 @@ def run(asked: Settings) -> None:
     tasks = expand((given or "").split(","))
     from vtoken.evals.lmms.harness import Harness
     from vtoken.evals.lmms.model import VtokenModel
-    from vtoken.evals.quality.report import publish
-    from vtoken.evals.quality.run import evaluate
+    from vtoken.evals.quality.printed import publish
+    from vtoken.evals.quality.run import evaluate, planned
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
 
+    planned(pipelines, asked.out)
     set_threads(asked.threads)
     harness = Harness(tasks, [folder.resolve() for folder in asked.include], asked.prompts)
     options = {"device": asked.device, "lmms_eval_pixels": asked.lmms_eval_pixels, **asked.model_args()}
     model, command = VtokenModel(asked.model, **options), shlex.join(["vtoken", *sys.argv[1:]])
     with progress():
         results = evaluate(model, pipelines, harness, asked.out, asked.limit, command)
-    publish(results, cells(results), notes(results), asked.in_json)
+    publish(results, asked.in_json, timed=True)
     if asked.paper is not None and not asked.in_json:
         print(paper.beside(asked.paper, results.to_dict()))
 
@@ -100,37 +97,3 @@ def kept(asked: Settings) -> str:
         f"finished tasks are kept in {asked.out / 'results.json'} and {asked.out / 'requests'}; vtoken eval does not "
         "go on from them (run it with another --out), vtoken sweep does"
     )
-
-
-def cells(results: Results) -> list[tuple[str, ...]]:
-    """Head and rows as text: every task's value, with what share of dense it is."""
-    from vtoken.evals.quality.results import score_text
-
-    names = [
-        f"{name}\n{about['metric']}" + (f" of {about['scale']:g}" if about["scale"] else "")
-        for name, about in results.tasks.items()
-    ]
-    rows = [("pipeline", *names, "answers as dense", "visual tokens", "over layers", "TTFT ms", "TTFT / dense")]
-    keys = ("visual_tokens_entry", "visual_tokens", "visual_tokens_mean", "ttft_s", "ttft_to_dense")
-    for run in results.runs:
-        same = f"{100 * results.mean(run, 'same_as_dense'):.1f} %"
-        entry, full, mean, ttft, ratio = (results.mean(run, key) for key in keys)
-        numbers = (same, f"{entry:.0f} of {full:.0f}", f"{mean:.0f}", f"{1e3 * ttft:.1f}", f"{ratio:.2f}")
-        rows.append((run["name"], *map(score_text, run["tasks"].values()), *numbers))
-    return rows
-
-
-def notes(results: Results) -> list[str]:
-    """Conditions in words."""
-    about, drift = results.conditions, results.drift
-    found = [
-        f"{about['device']}, {about['dtype']}, batch {about['batch_size']}, {about['versions']}, lmms-eval "
-        f"{about['lmms_eval']}",
-        "TTFT: medians over documents, averaged over tasks; pipelines ran one after the other, so drift counts: see "
-        "vtoken bench",
-    ]
-    if drift:
-        found.append(
-            f"drift: last dense run / first, TTFT {drift['ttft']:.3f}; {drift['answers_changed']} answers changed"
-        )
-    return found

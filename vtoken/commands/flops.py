@@ -69,8 +69,8 @@ def run(asked: Settings) -> None:
     from vtoken.evals.cost.support_matrix import attempt, without_weights
     from vtoken.evals.shared.configs import resolve_config
 
-    config, work = resolve_config(asked.model), asked.model_dump(include={*Workload.model_fields})
     pipelines, model = [load(each) for each in asked.pipelines], None
+    config, work = resolve_config(asked.model), asked.model_dump(include={*Workload.model_fields})
     for pipeline in pipelines:
         # Costs of what cannot run would be a lie.
         model = without_weights(config) if model is None else model

@@ -34,14 +34,16 @@ def run(asked: Settings) -> None:
     """Reads, computes, writes."""
     from vtoken.evals.quality import paper, report
     from vtoken.evals.quality.analysis import analyse, read
+    from vtoken.evals.shared.whole import check_folder
 
+    check_folder(asked.out)
     evaluation = read(asked.folder)
+    if asked.paper is not None and not asked.in_json:
+        print(paper.beside(asked.paper, evaluation.results))
+        return
     found = analyse(evaluation)
     if asked.in_json:
         print(json.dumps(found))
-        return
-    if asked.paper is not None:
-        print(paper.beside(asked.paper, evaluation.results))
         return
     written = report.write(evaluation, found, asked.out)
     for file in written:

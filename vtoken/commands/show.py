@@ -29,7 +29,7 @@ class Settings(Options):
     pipeline: str = argument("PIPELINE", "preset, method:budget or YAML file")
     media: tuple[Path, ...] = argument("IMAGE", f"picture files of one prompt, or one video: {VIDEO}")
     question: str = option("Describe the image.", "for methods that read the prompt", "QUESTION")
-    frames: int = option(FRAMES, "evenly spaced frames of a video")
+    frames: int = option(FRAMES, "evenly spaced frames of a video", ge=1)
     out: Path | None = option(None, "PNG to write (default: IMAGE-PIPELINE.png here)")
     in_json: bool = as_json("print the trace as one JSON object")
 

@@ -9,7 +9,7 @@ from vtoken.evals.calibrate._report import weights_file
 from vtoken.evals.calibrate._train_exit_gates import Training, judge, layers_of, table, train
 from vtoken.evals.calibrate._training import kept_back
 from vtoken.evals.shared.bars import progress
-from vtoken.evals.shared.options import ModelCommand, option
+from vtoken.evals.shared.options import DATA, ModelCommand, option
 from vtoken.evals.shared.whole import check_folder
 
 DESCRIPTION = """\
@@ -37,9 +37,7 @@ takes 0.02 PFLOPs for all 31, the file 1.0 GB in bfloat16.
 
 
 class Settings(Training, ModelCommand):
-    data: str = option(
-        ..., "`reference`, a folder with questions.jsonl, or a .jsonl file: image, question, answer", "DATA"
-    )
+    data: str = option(..., DATA, "DATA")
     limit: int | None = option(None, "first N questions (default: all)", ge=1)
     out: Path = weights_file()
 

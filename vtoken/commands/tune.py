@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import VtokenError
-from vtoken.evals.shared.options import ModelCommand, as_json, number, option
+from vtoken.evals.shared.options import DATA, ModelCommand, as_json, number, option
 
 DESCRIPTION = "Searches stages, budgets and options: quality against cost."
 EXAMPLES = """\
@@ -56,9 +56,9 @@ class Settings(ModelCommand):
     """What is searched, on what."""
 
     space: Path = option(..., "what may vary")
-    keep_accuracy: float = option(0.98, "of dense's quality (default: 98%)", "SHARE", read=_share)
-    data: str = option("reference", "reference, FILE.jsonl or lmms-eval's tasks", "DATA")
-    limit: int | None = option(None, "first N samples (of each task)")
+    keep_accuracy: float = option(0.98, "of dense's quality (default: 98%)", "SHARE", read=_share, gt=0, le=1)
+    data: str = option("reference", f"{DATA}; or lmms-eval's tasks", "DATA")
+    limit: int | None = option(None, "first N samples (of each task)", ge=1)
     include: tuple[Path, ...] = option((), "folders with tasks of yours (lmms-eval's YAML)", "DIR")
     quality: str | None = option(
         None,
@@ -66,8 +66,8 @@ class Settings(ModelCommand):
         choices=("agreement", "accuracy", "cosine"),
     )
     objective: str = option("flops", "cost", choices=("flops", "ttft"))
-    trials: int = option(30, "earlier ones count")
-    first: int = option(8, "samples after which a trial may be stopped")
+    trials: int = option(30, "earlier ones count", ge=1)
+    first: int = option(8, "samples after which a trial may be stopped", ge=1)
     batch_size: int = option(1, "prompts at a time", ge=1)
     out: Path = option(Path("vtoken-tune"), "folder", "DIR")
     seed: int = option(0, "of the search")
@@ -77,11 +77,13 @@ class Settings(ModelCommand):
 
 def run(given: Settings) -> None:
     """Searches, writes and prints."""
+    from vtoken.evals.shared.whole import check_out
     from vtoken.evals.shared.yaml_options import read
     from vtoken.evals.tune.space import Space
 
     space = read(Space, given.space)
     space.check()
+    check_out(given.out)
     if find_spec("optuna") is None:
         raise VtokenError("vtoken tune needs Optuna: pip install optuna")
     from vtoken.evals.lmms.generation import TextGenerator
@@ -93,15 +95,14 @@ def run(given: Settings) -> None:
     from vtoken.evals.tune.search import Search
 
     tasks = samples.tasks(given.data, given.limit, folders=[folder.resolve() for folder in given.include])
-    asked = samples.load(given.data, given.limit) if tasks is None else tasks.samples
     quality: Any = given.quality or ("agreement" if tasks is None else "accuracy")
+    asked = tasks.samples if tasks else samples.load(given.data, given.limit, answered=quality == "accuracy")
     generator = TextGenerator(*load_pair(given.model, given.device, given.dtype, given.revision))
-    with progress():
-        judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
+    judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
     about: dict[str, Any] = {"model": given.model, "revision": given.revision, "dtype": str(generator.model.dtype)}
     about |= {"batch_size": given.batch_size, "samples": samples.fingerprint(asked)}
-    if judge.relative is not None:
-        about |= {"scorers": judge.relative.tasks.names, "lmms_eval": version("lmms-eval")}
+    if tasks is not None and quality == "accuracy":
+        about |= {"scorers": tasks.names, "lmms_eval": version("lmms-eval")}
     objective: Any = given.objective
     like, keep = shape(generator, asked[0]), given.keep_accuracy
     search = Search(judge, space, given.out, like, objective, keep, given.first, given.seed, about)

@@ -89,7 +89,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
     if isinstance(pipeline, Pipeline):
         return pipeline
     if isinstance(pipeline, str):
-        return _from_text(pipeline)
+        return _from_text(pipeline, Source())
     if isinstance(pipeline, os.PathLike):
         return _from_file(Path(pipeline))
     if isinstance(pipeline, dict):
@@ -115,42 +115,39 @@ def _plain_form(pipeline: Pipeline) -> dict[str, Any]:
     return {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, **draft, **against, "stages": stages}
 
 
-def _from_text(text: str) -> Pipeline:
-    presets = registry.presets()
+def _from_text(text: str, origin: Source) -> Pipeline:
+    presets, path = registry.presets(), origin.placed(text)
     if text in presets:
         data, source = recipe(text)
         return replace(_from_data(data, text, source), written=f'preset "{text}"')
-    if os.path.isfile(text):
-        return _from_file(Path(text))
+    if os.path.isfile(path):
+        return _from_file(Path(path), beside=origin.beside)
     name, _, rest = text.partition(",")
     if rest and name in presets:
-        return _short(lambda: {**options_of(rest), PRESET: name}, text, "preset")
+        return _short(text, name, rest, origin)
     if (short := parted(text)) is not None:
-        return _short(lambda: _with_policies(short[0], options_of(short[1])), text, "pipeline")
-    if os.path.isdir(text) or Path(text).suffix in (".yaml", ".yml"):
-        return _from_file(Path(text))
+        return _short(text, *short, origin)
+    if os.path.isdir(path) or Path(text).suffix in (".yaml", ".yml"):
+        return _from_file(Path(path), beside=origin.beside)
     if is_repository(text):
-        return _from_file(on_hub(text), text.partition("@")[0])
+        return _from_file(on_hub(text), text.partition("@")[0], origin.beside)
     raise ConfigError(
         f"{_unknown_preset(name if rest else text, after=text[len(name) :])}; or write a path to a YAML file, or a "
         "stage and its budget, as in fastervlm:64"
     )
 
 
-def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
-    """The pipeline written as one line of text."""
-    written = f'{what} "{shown(text)[1:-1]}"'
+def _short(text: str, name: str, rest: str, origin: Source) -> Pipeline:
+    """The pipeline written as one line of text: a preset or a stage, and options, some of them policies."""
+    written = f'{"preset" if name in registry.presets() else "pipeline"} "{shown(text)[1:-1]}"'
     with about(written):
-        return replace(_from_data(data(), text, Source()), written=written)
+        options = options_of(rest)
+        data = {key: options.pop(key) for key in POLICY_KEYS if key in options}
+        data |= {**options, PRESET: name} if name in registry.presets() else {"stages": [{name: options}]}
+        return replace(_from_data(data, text, origin), written=written)
 
 
-def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline of one stage; policies among its options become those of the pipeline."""
-    policies = {key: options.pop(key) for key in POLICY_KEYS if key in options}
-    return {**policies, "stages": [{name: options}]}
-
-
-def _from_file(path: Path, name: str = "") -> Pipeline:
+def _from_file(path: Path, name: str = "", beside: str = "") -> Pipeline:
     if os.path.isdir(path):
         path, name = in_folder(path), path.name
     if not os.path.isfile(path):
@@ -158,7 +155,7 @@ def _from_file(path: Path, name: str = "") -> Pipeline:
         hint = f"; did you mean the preset {close[0]!r}?" if close else ""
         raise ConfigError(f"pipeline file {shown(str(path))} does not exist{hint}")
     data, source = read(path)
-    found = _from_data(data, name or path.stem, source)
+    found = _from_data(data, name or path.stem, replace(source, beside=beside))
     return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
 
 
@@ -211,8 +208,10 @@ def _draft(item: Any, source: Source) -> Pipeline:
     """The pipeline under `draft:`: a preset, a short form, a list of stages or a mapping."""
     if isinstance(item, (dict, list, tuple)):
         return _from_data(item if isinstance(item, dict) else {"stages": item}, "", source.under(DRAFT))
+    if source.beside:  # It might name a file that names it.
+        raise source.error((DRAFT,), f"the pipeline of a draft has no {DRAFT} itself; leave it out")
     try:
-        return load(item)
+        return _from_text(item, Source(beside=source.file)) if isinstance(item, str) else load(item)
     except ConfigError as error:
         raise source.error((DRAFT,), f"{DRAFT}: {error}") from None
 
@@ -256,7 +255,9 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         raise source.error(
             path, f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}"
         )
-    options = _beside(cls, options or {}, source)
+    given = options or {}
+    files = {key: source.placed(given[key]) for key in cls.file_options() if isinstance(given.get(key), str)}
+    options = {**given, **files}
     try:
         # JSON mode is strict about numbers, strings and booleans, yet takes lists for tuples, as YAML writes them.
         return cls.model_validate_json(json.dumps(options, default=_plain), strict=True)
@@ -268,17 +269,6 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         raise source.error((*path, option), f"stage {name!r}: {message}{policy}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise source.error(path, f"options of stage {name!r} must be plain data: {error}") from None
-
-
-def _beside(cls: type[Stage], options: dict[str, Any], source: Source) -> dict[str, Any]:
-    """The options, in which files that stand beside the pipeline file have absolute paths; other paths are relative to
-    the working directory."""
-    found = dict(options)
-    for option in cls.file_options() if source.file else ():
-        if isinstance(options.get(option), str):
-            file = os.path.join(os.path.dirname(source.file), options[option])
-            found[option] = os.path.abspath(file) if os.path.isfile(file) else options[option]
-    return found
 
 
 def _native(value: Any) -> Any:

@@ -6,14 +6,16 @@ the size of a document is limited with its aliases and merge keys expanded.
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vtoken.config.beside import FILE
 from vtoken.errors import ConfigError, shown
 
 CHARACTERS = 1_000_000  # the patterns of all heads of an 80-layer model take a quarter of this
@@ -27,17 +29,25 @@ _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-
 @dataclass(frozen=True)
 class Source:
     """Where values were read, so that errors can give a line; without a file, errors give none. `key`: the one under
-    which they stand, "" at the top."""
+    which they stand, "" at the top. `beside`: the file whose draft they are."""
 
     file: str = ""
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
     key: str = ""
+    beside: str = ""
+
+    def placed(self, path: str) -> str:
+        """The absolute path of a file or model folder beside it; others stay relative to the working directory."""
+        origin = self.file or self.beside
+        found = os.path.join(os.path.dirname(origin), path)
+        there = os.path.isfile(found) or os.path.isfile(os.path.join(found, FILE))
+        return os.path.abspath(found) if origin and path and there else path
 
     def under(self, *path: Any) -> Source:
         """Of the values under a key, whose errors name it; they are then read like a file of their own."""
         depth = len(path)
         lines = {key[depth:]: line for key, line in self.lines.items() if key[:depth] == path}
-        return Source(self.file, lines, str(path[-1]))
+        return replace(self, lines=lines, key=str(path[-1]))
 
     def error(self, path: tuple[Any, ...], message: str) -> ConfigError:
         while path not in self.lines and path:

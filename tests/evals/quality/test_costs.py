@@ -31,8 +31,7 @@ def test_the_account_takes_a_prompt_as_long_as_the_document_s(family: str, tmp_p
     generator = TextGenerator(models.load(source, device="cpu"), processors.load(source))
     (sample,) = samples.load(str(tmp_path / "own.jsonl"), None)
     model: Any = SimpleNamespace(prompt=lambda task, doc: sample.prompt, generator=generator)
-    request: Any = SimpleNamespace(task="own", doc=0, reply=SimpleNamespace(cost=SimpleNamespace(visual_tokens=1)))
-    found = typical(model, [request])
+    found = typical(model, {("own", 0): 1})
     assert isinstance(found, Typical)
     seen = account(generator.model.config, **vars(found.work))
     ids = encode(generator.processor, [sample.prompt], generator.model)["input_ids"]

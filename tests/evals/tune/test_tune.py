@@ -173,6 +173,23 @@ def test_samples(place: Path, asked: list[samples.Sample]) -> None:
     assert len(few) == 3 and all(s.answer and s.prompt.images for s in few)
 
 
+def test_data_are_what_other_commands_take(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with questions.jsonl, or a file of any name; tasks have no path."""
+    for name in ("questions.jsonl", "mine.txt"):
+        (place / name).write_text((place / "own.jsonl").read_text())
+    want = samples.fingerprint(samples.load(str(place / "own.jsonl"), None))
+    for given in (place, place / "questions.jsonl", place / "mine.txt"):
+        assert samples.tasks(str(given), None) is None
+        assert samples.fingerprint(samples.load(str(given), None)) == want
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text("alternatives: {a: [random: {keep: 4}]}\n")
+    for given in ("no/such", "none.jsonl", "./"):
+        assert main(["tune", "tiny-llava", "--space", "space.yaml", "--data", given]) == 2
+        assert f"no data '{given}'; give `reference`" in capsys.readouterr().err
+
+
 def test_prompts_of_tasks_are_those_the_model_is_asked() -> None:
     pytest.importorskip("lmms_eval")
     heard = samples.tasks("vtoken_glyph_qa", 3).samples
@@ -229,10 +246,8 @@ def test_accuracy_is_against_the_answers(generators: dict[str, TextGenerator], a
     judge = Judge(generators["llava"], known, "accuracy")
     assert judge.dense == pytest.approx(5 / 6)
     assert [s for batch in judge.scores(config.load("random:100%")) for s in batch] == [0, 1, 1, 1, 1, 1]
-    with pytest.raises(ConfigError, match="accuracy needs an answer"):
-        Judge(generators["llava"], [samples.Sample(asked[0].prompt, None, {})], "accuracy")
     with pytest.raises(ConfigError, match="answers nothing right"):
-        Judge(generators["llava"], [samples.Sample(asked[0].prompt, "none of this", {})], "accuracy")
+        assert Judge(generators["llava"], [samples.Sample(asked[0].prompt, "none of this", {})], "accuracy").dense
 
 
 def test_cost_is_a_share_of_dense(generators: dict[str, TextGenerator]) -> None:
@@ -281,6 +296,19 @@ def test_a_study_goes_on(generators: dict[str, TextGenerator], asked: list[sampl
     for change in ({"objective": "ttft"}, {"keep": 0.2}, {"about": {"model": "other"}}):
         with pytest.raises(ConfigError, match=f"a study with another {next(iter(change)).replace('about', 'model')}"):
             search(judge, tmp_path, **{"keep": 0.1, **change})
+
+
+def test_another_study_is_refused_before_anything_is_asked(
+    generators: dict[str, TextGenerator], asked: list[samples.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in which nothing was tried yet is no other study."""
+    wrong = samples.Sample(asked[0].prompt, "none of this", {})
+    with pytest.raises(ConfigError, match="answers nothing right"):
+        search(Judge(generators["llava"], [wrong], "accuracy"), tmp_path).run(1)
+    search(Judge(generators["llava"], asked, "cosine"), tmp_path, keep=0.1).run(1)
+    monkeypatch.setattr(Judge, "_hidden", lambda *_: pytest.fail("the dense model was asked"))
+    with pytest.raises(ConfigError, match="a study with another keep; give another folder"):
+        search(Judge(generators["llava"], asked, "cosine"), tmp_path, keep=0.2)
 
 
 def test_seeds_decide(generators: dict[str, TextGenerator], asked: list[samples.Sample], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
 from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
-from vtoken.evals.shared.options import ModelCommand, option
-from vtoken.evals.shared.samples import ABOUT, load, read
+from vtoken.evals.shared.options import DATA, ModelCommand, option
+from vtoken.evals.shared.samples import load, read
 from vtoken.evals.shared.whole import check_folder
 from vtoken.evals.statistics import wilson
 
@@ -34,19 +34,21 @@ TARGETS = ("agreement", "accuracy", "mean_layer")
 
 
 class Settings(ModelCommand):
-    data: str | None = option(None, f"{ABOUT} (default: the last of the shipped)", "DATA")
+    data: str | None = option(None, f"{DATA} (default: the last of the shipped)", "DATA")
     limit: int = option(100, "so many questions", ge=1)
     agreement: float | None = option(None, "of answers that stay word for word (default: 0.99)", "SHARE", gt=0, le=1)
     accuracy: float | None = option(
         None, "of the dense model's right answers, in place of --agreement; DATA must hold answers", "SHARE", gt=0, le=1
     )
-    mean_layer: float | None = option(None, "images leave before this layer on average, in place of --agreement", "K")
-    first: int | None = option(
-        None, "first layer that may do without (default: the best from half of the depth on)", "K"
+    mean_layer: float | None = option(
+        None, "images leave before this layer on average, in place of --agreement", "K", ge=0
     )
-    window: int = option(1, "text tokens that are asked")
-    patience: int = option(1, "layers in a row")
-    sinks: int = option(0, "percent left out", "P")
+    first: int | None = option(
+        None, "first layer that may do without (default: the best from half of the depth on)", "K", ge=1
+    )
+    window: int = option(1, "text tokens that are asked", ge=1)
+    patience: int = option(1, "layers in a row", ge=1)
+    sinks: int = option(0, "percent left out", "P", ge=0, le=50)
     out: Path | None = pipeline_file()
 
     @model_validator(mode="after")
@@ -66,9 +68,7 @@ def run(asked: Settings) -> None:
     """Finds the threshold and writes the pipeline."""
     kind, target = asked.target()
     check_folder(asked.out)
-    samples = read(asked.data, asked.limit)
-    if kind == "accuracy" and any(sample.answer is None for sample in samples):
-        raise ConfigError(f"--accuracy needs an answer to every question; {asked.data} lacks some, or use --agreement")
+    samples = read(asked.data, asked.limit, answered=kind == "accuracy")
     model, processor = load(asked.model, asked.device, asked.dtype)
     depth = model.config.get_text_config().num_hidden_layers
     tried = range(max(1, depth // 2), depth) if asked.first is None else range(asked.first, asked.first + 1)

@@ -9,8 +9,7 @@ from pathlib import Path
 from vtoken.evals.calibrate._fitprune import fit
 from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
 from vtoken.evals.shared import samples
-from vtoken.evals.shared.options import ModelCommand, option
-from vtoken.evals.shared.samples import ABOUT
+from vtoken.evals.shared.options import DATA, ModelCommand, option
 from vtoken.evals.shared.whole import check_folder
 
 SUMMARY = "table of visual tokens that leave behind each decoder layer"
@@ -32,7 +31,7 @@ the questions.
 
 class Settings(ModelCommand):
     reduction: float = option(..., "FLOPs of visual tokens to spare, in percent", "PERCENT", gt=0, lt=100)
-    data: str | None = option(None, f"{ABOUT} (default: the last of the shipped)", "DATA")
+    data: str | None = option(None, f"{DATA} (default: the last of the shipped)", "DATA")
     limit: int = option(64, "so many questions", ge=1)
     out: Path | None = pipeline_file()
 

@@ -85,7 +85,7 @@ def visible(mask: SparseMask, rows: Tensor) -> Tensor:
 
 
 class Settings(PictureOptions, ModelCommand):
-    text_tokens: int = option(64, "text tokens")
+    text_tokens: int = option(64, "text tokens", ge=1)
     seed: int = option(0, "of text and pictures")
     inputs: Path | None = option(None, "a torch.save'd dict of the processor's output, instead of random pictures")
     random_weights: bool = option(False, "build the model from its config")
@@ -95,14 +95,15 @@ class Settings(PictureOptions, ModelCommand):
 def run(asked: Settings) -> None:
     """Searches, and writes a pipeline with the table."""
     check_folder(asked.out)
+    given = None if asked.inputs is None else saved(asked.inputs)
     model: Any = models.load(
         asked.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed
     )
-    if asked.inputs is not None:
-        inputs = {k: v.to(model.device) for k, v in saved(asked.inputs).items()}
+    if given is not None:
+        inputs = {k: v.to(model.device) for k, v in given.items()}
     else:
-        given = asked.model_dump(include={*PictureOptions.model_fields, "text_tokens", "seed"})
-        inputs = random_prompt(registry.adapter(model.config.model_type)(model), **given).inputs
+        options = asked.model_dump(include={*PictureOptions.model_fields, "text_tokens", "seed"})
+        inputs = random_prompt(registry.adapter(model.config.model_type)(model), **options).inputs
     stage, recalls = search(model, inputs)
     length, shown = inputs["input_ids"].shape[1], "random pictures" if asked.inputs is None else str(asked.inputs)
     about = (

@@ -11,8 +11,8 @@ from vtoken.evals.calibrate._report import tell, weights_file
 from vtoken.evals.calibrate._train_block_gates import Training, judge, train, watch
 from vtoken.evals.calibrate._training import kept_back
 from vtoken.evals.shared.bars import progress
-from vtoken.evals.shared.options import ModelCommand, option
-from vtoken.evals.shared.samples import ABOUT, load, read
+from vtoken.evals.shared.options import DATA, ModelCommand, option
+from vtoken.evals.shared.samples import load, read
 from vtoken.evals.shared.whole import check_folder
 
 SUMMARY = "train SeerAttention's gates on the model's own attention"
@@ -35,10 +35,10 @@ in blocks of 64. One picture in five is kept back to measure on.
 
 
 class Settings(Training, ModelCommand):
-    data: str = option(..., ABOUT, "DATA")
+    data: str = option(..., DATA, "DATA")
     limit: int | None = option(None, "first N questions (default: all)", ge=1)
     size: int = option(64, "tokens of a block (default: %(default)s, the authors')", choices=SIZES)
-    threshold: float | None = option(None, "to measure density and recall at (default: the stage's)")
+    threshold: float | None = option(None, "to measure density and recall at (default: the stage's)", ge=0, lt=1)
     out: Path = weights_file()
 
 

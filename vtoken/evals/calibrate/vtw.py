@@ -11,8 +11,8 @@ from torch import Tensor
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._exit_reference import ExitReference
 from vtoken.evals.calibrate._report import tell
-from vtoken.evals.shared.options import ModelCommand, option
-from vtoken.evals.shared.samples import ABOUT, Sample, load, prepare, read
+from vtoken.evals.shared.options import DATA, ModelCommand, option
+from vtoken.evals.shared.samples import Sample, load, prepare, read
 
 SUMMARY = "the decoder layer before which all visual tokens can leave (vtw)"
 DESCRIPTION = """\
@@ -27,7 +27,7 @@ EXAMPLES = """examples:
 
 
 class Settings(ModelCommand):
-    data: str = option("reference", ABOUT, "DATA")
+    data: str = option("reference", DATA, "DATA")
     limit: int = option(20, "first N questions", ge=1)
     tolerance: float = option(
         0.003,
@@ -36,7 +36,7 @@ class Settings(ModelCommand):
         "KL",
         ge=0,
     )
-    first: int | None = option(None, "first layer that is tried (default: 5 of 32, as the authors)", "K")
+    first: int | None = option(None, "first layer that is tried (default: 5 of 32, as the authors)", "K", ge=1)
 
 
 def run(asked: Settings) -> None:

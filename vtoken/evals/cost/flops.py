@@ -125,7 +125,8 @@ def account(
         shape = geometry(config, work.image_size, work.images, work.frames, applied.anyres)
         flow = TokenFlow(shape, work.images, work.text_tokens, applied)
     shape, decoder = flow.shape, flow.shape.decoder
-    size = dtype_bytes or _dtype_bytes(config)
+    dtype = config.dtype or config.text_config.dtype
+    size = dtype_bytes or (2 if dtype is None else dtype.itemsize)
     layers = range(decoder.depth)
     lengths = [flow.length(layer) for layer in layers]
     read = list(zip(flow.attended, flow.density, strict=True))
@@ -186,8 +187,3 @@ def _tower(flow: TokenFlow, batch: int, attended: Units, met: Units) -> int:
         for units, late in zip(*map(tower.run, rows), strict=True)
     )
     return 2 * around + layers
-
-
-def _dtype_bytes(config: Any) -> int:
-    dtype = config.dtype or config.text_config.dtype
-    return 2 if dtype is None else dtype.itemsize

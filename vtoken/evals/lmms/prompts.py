@@ -14,8 +14,10 @@ from PIL import Image
 
 from vtoken.adapters.base import Adapter
 from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals.cost.flops import picture_size
 from vtoken.evals.processors import apply, check_video
 from vtoken.evals.shared import media
+from vtoken.evals.shared.options import Workload
 from vtoken.hooks.state.run import KINDS, pixels_of
 
 # What lmms-eval's Qwen classes set; Hugging Face's own processors say 3,136 to 1,003,520.
@@ -169,11 +171,22 @@ def pixels(processor: Any) -> dict[str, Any]:
     return {**sizes, **{name: value for name, value in others.items() if value}}
 
 
-def text_tokens(adapter: Adapter, inputs: Any) -> int:
-    """Tokens of an encoded prompt that are neither of its pictures and videos nor newlines in them."""
+def workload(adapter: Adapter, prompt: Prompt, inputs: Any) -> Workload:
+    """The prefill of a prompt, encoded as `inputs`, as the account takes it: with pictures as large as the first, and
+    with tokens that are neither of pictures and videos nor newlines in them as text."""
     shown = [kind for kind in KINDS if kind in adapter.placeholders and pixels_of(kind, inputs) is not None]
     visual = sum(layout.length for kind in shown for layout in adapter.layouts(kind, inputs))
-    return int(inputs["input_ids"].shape[1]) - visual
+    grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else {}
+    size = picture_size(adapter.model.config, {**inputs, **grids})
+    if size is None and prompt.pictures:
+        size = prompt.pictures[0].height, prompt.pictures[0].width
+    return Workload(
+        images=max(1, len(prompt.images) + len(prompt.clips)),
+        frames=len(prompt.clips[0].frames) if prompt.clips else 1,
+        image_size=size,
+        text_tokens=max(1, inputs["input_ids"].shape[1] - visual),
+        new_tokens=1,
+    )
 
 
 def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:

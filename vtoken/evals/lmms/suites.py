@@ -125,7 +125,7 @@ def known_to(every: Sequence[str], names: Sequence[str]) -> None:
     for name in names:
         if name not in every:
             close = get_close_matches(name, [*every, *SUITES], n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            hint = f"; did you mean {', '.join(close)}?" if close else ";"
             raise ConfigError(
                 f"unknown task {name!r}{hint} `lmms-eval tasks list` prints all; suites: {', '.join(SUITES)}"
             )

@@ -47,8 +47,6 @@ def run(
         everything: every stage that runs on the model; kept tokens are then shown on one picture only.
         command: how the report says it was made.
     """
-    if limit is not None and limit < 1:
-        raise VtokenError(f"the limit must be at least 1 question, not {limit}")
     model, processor = reference.load(name)
     questions = reference.questions(limit)
     prompts = [inputs_of(processor, q) for q in questions[:ROUNDS]]

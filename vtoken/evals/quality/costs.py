@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
-from vtoken.evals.cost.flops import account, picture_size
-from vtoken.evals.lmms.prompts import encode, text_tokens
-from vtoken.evals.lmms.records import Request
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms.prompts import encode, workload
+from vtoken.evals.lmms.records import dense_tokens
 from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.options import Workload
 
@@ -27,34 +28,39 @@ class Typical:
     visual_tokens: int
 
 
-def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
+def cut_anew(model: VtokenModel, documents: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """Visual tokens that documents (task, number) have on the stock model, if they were asked on other crops; without
+    those that another process answered."""
+    found = {}
+    for task, doc in documents:
+        with suppress(KeyError):
+            inputs = encode(model.generator.processor, [model.prompt(task, doc)], model.generator.model)
+            found[task, doc] = dense_tokens(model.generator.adapter, inputs)[0].visual_tokens
+    return found
+
+
+def typical(model: VtokenModel, counts: Mapping[tuple[str, int], int]) -> Typical | str:
     """The document with the median of visual tokens, or why the account cannot take it.
 
     Args:
-        requests: of one task.
+        model: dense.
+        counts: (task, document) -> its visual tokens on this model, of one of lmms-eval's tasks or groups.
+
+    Raises:
+        KeyError: another process answered it.
     """
-    chosen = sorted(requests, key=lambda request: request.reply.cost.visual_tokens)[len(requests) // 2]
-    prompt, generator = model.prompt(chosen.task, chosen.doc), model.generator
+    chosen = sorted(counts, key=lambda document: counts[document])[len(counts) // 2]
+    prompt, generator = model.prompt(*chosen), model.generator
     if bool(prompt.images) == bool(prompt.clips):
         return "the prompt shows no picture" if not prompt.images else "the prompt shows pictures and videos"
     inputs = encode(generator.processor, [prompt], generator.model)
-    if prompt.clips:
-        grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else {}
-    else:
-        grids = {key: inputs[key] for key in ("image_grid_thw", "image_sizes") if key in inputs}
+    grids = [inputs[key] for key in ("video_grid_thw", "image_grid_thw", "image_sizes") if key in inputs]
     alike = len({i.parts for i in generator.adapter.layouts("image", inputs)}) == 1 if prompt.images else True
-    if not alike or any((grid != grid[0]).any() for grid in grids.values()):
+    if not alike or any((grid != grid[0]).any() for grid in grids):
         return "the pictures of the prompt differ in size"
     if len({len(clip.frames) for clip in prompt.clips}) > 1:
         return "the videos of the prompt differ in length"
-    work = Workload(
-        images=len(prompt.images) or len(prompt.clips),
-        frames=len(prompt.clips[0].frames) if prompt.clips else 1,
-        image_size=picture_size(generator.model.config, {**inputs, **grids}),
-        text_tokens=text_tokens(generator.adapter, inputs),
-        new_tokens=1,
-    )
-    return Typical(chosen.doc, work, chosen.reply.cost.visual_tokens)
+    return Typical(chosen[1], workload(generator.adapter, prompt, inputs), counts[chosen])
 
 
 def flops(config: Any, pipeline: Pipeline, document: Typical | str) -> dict[str, Any]:

@@ -74,34 +74,25 @@ def label(run: int, pipeline: Pipeline) -> str:
     return f"{run}-{re.sub(r'[^A-Za-z0-9._+=%-]+', '-', pipeline.name).strip('-')}"
 
 
-def ask(
-    model: VtokenModel,
-    harness: Harness,
-    point: Point,
-    limit: int | None,
-    folder: Path,
-    documents: dict[str, costs.Typical | str] | None = None,
-) -> Answered:
-    """Everything that a point's file holds: conditions, the task, its score and a line per document.
+def ask(model: VtokenModel, harness: Harness, point: Point, limit: int | None, folder: Path) -> Answered:
+    """Everything that a point's file holds: conditions, the task, its score and a line per document."""
+    from vtoken.evals.lmms.harness import everyone, whoever
 
-    Args:
-        documents: by task, the document that FLOPs are counted on, or why they are not; what is missing is added.
-    """
-    from vtoken.evals.lmms.harness import whoever
-
-    documents = {} if documents is None else documents
     model.use(point.pipeline)
     try:
         scored = harness.run(
             model, point.task, limit, folder / "scorers" / label(point.run, point.pipeline) / point.task
         )
         found = {(r.task, r.doc): r for r in model.requests if r.repeat == 0}
-        document = documents.get(point.task)
-        if document is None:
-            with suppress(KeyError):  # another process may have answered it
-                document = costs.typical(model, list(found.values()))
-            document = documents[point.task] = whoever(document)
-        counted = costs.flops(model.generator.model.config, point.pipeline, document)
+        model.use(DENSE)
+        counts = {key: request.reply.cost.visual_tokens for key, request in found.items()}
+        if point.pipeline.anyres != "model":
+            for share in everyone(costs.cut_anew(model, counts)):
+                counts |= share
+        document = None
+        with suppress(KeyError):  # another process may have answered it
+            document = costs.typical(model, counts)
+        counted = costs.flops(model.generator.model.config, point.pipeline, whoever(document))
     finally:
         model.use(DENSE)
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import Any
 
 from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
 from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
-from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, loss, read, sign
-from vtoken.evals.quality.results import Results
+from vtoken.evals.quality.analysis import COSTS, Evaluation, loss, sign
 from vtoken.evals.shared import tables, whole
 from vtoken.evals.shared.media import still
 from vtoken.evals.shared.tables import or_na
@@ -56,11 +53,7 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
 
     Returns:
         The files written: without the page if a package is missing.
-
-    Raises:
-        ConfigError: `file` would lie in a folder that does not exist.
     """
-    whole.check_folder(file)
     table = evaluation.folder / "table.md"
     table.write_text(markdown(found), encoding="utf-8")
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
@@ -68,20 +61,6 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
     file = evaluation.folder / "report.html" if file is None else file
     file.write_text(render(evaluation, found), encoding="utf-8")
     return [table, file]
-
-
-def publish(results: Results, rows: tables.Rows, notes: Sequence[str], in_json: bool) -> None:
-    """Writes the report of results, and prints them as one JSON object, or as a table with notes. On stderr it says how
-    to have the page where a package is missing."""
-    evaluation = read(results.folder)
-    written = write(evaluation, analyse(evaluation))
-    if len(written) == 1:
-        print(MISSING.format(folder=results.folder), file=sys.stderr)
-    if in_json:
-        print(json.dumps(results.to_dict()))
-        return
-    tables.show(results.model, rows)
-    print(*notes, *(f"wrote {file}" for file in (results.folder / "results.json", *written)), sep="\n")
 
 
 def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:

@@ -93,14 +93,6 @@ class Results:
         whole.write(self.folder / "results.json", json.dumps(self.to_dict(), indent=1) + "\n")
 
 
-def score_text(scores: Mapping[str, Any] | None) -> str:
-    """A run's value on one task, and what share of dense it is."""
-    if scores is None or scores["value"] is None:
-        return "n/a"
-    share = "" if scores["of_dense"] is None else f" ({100 * scores['of_dense']:.0f} %)"
-    return f"{scores['value']:.3f}{share}"
-
-
 def assemble(
     folder: Path, model: str, command: str, runs: Sequence[Pipeline], kept: Mapping[Point, Answered | None]
 ) -> Results | None:

@@ -9,11 +9,12 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.harness import Harness, ranks
 from vtoken.evals.lmms.model import VtokenModel
-from vtoken.evals.quality import costs, regressions
+from vtoken.evals.quality import regressions
 from vtoken.evals.quality.points import Answered, Point, ask
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.dense import DENSE, is_stock
+from vtoken.evals.shared.whole import check_out
 
 
 def with_dense(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
@@ -31,6 +32,16 @@ def with_dense(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
     if DENSE.name in named:
         raise ConfigError("a pipeline cannot be called 'dense', which is the stock model; rename its file")
     return [DENSE, *named.values(), DENSE] if named else [DENSE]
+
+
+def planned(pipelines: Sequence[Pipeline], folder: Path) -> list[Pipeline]:
+    """What is run; refuses, without a model, what `evaluate` lists as a ConfigError."""
+    if ranks()[1] > 1:
+        raise ConfigError("vtoken eval is one process; under torchrun or accelerate launch take vtoken sweep")
+    check_out(folder)
+    if (folder / "results.json").exists():
+        raise ConfigError(f"{folder} holds results already; give another folder with --out")
+    return with_dense(pipelines)
 
 
 def evaluate(
@@ -52,17 +63,12 @@ def evaluate(
         VtokenError: a task whose scorer fails.
         Whatever the model raises: what was finished before stays in the folder, with `complete` false.
     """
-    if ranks()[1] > 1:
-        raise ConfigError("vtoken eval is one process; under torchrun or accelerate launch take vtoken sweep")
-    if (folder / "results.json").exists():
-        raise ConfigError(f"{folder} holds results already; give another folder with --out")
-    runs = with_dense(pipelines)
+    runs = planned(pipelines, folder)
     for pipeline in runs:
         model.use(pipeline)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     kept: dict[Point, Answered | None] = {Point(k, p, task): None for k, p in enumerate(runs) for task in harness.tasks}
-    documents: dict[str, costs.Typical | str] = {}
     run = 0
     try:
         for k, point in enumerate(kept):
@@ -70,7 +76,7 @@ def evaluate(
                 run = point.run
                 assemble(folder, model.pretrained, command, runs, kept)
             say(f"{point.pipeline.name}: {point.task}", k / len(kept))
-            kept[point] = ask(model, harness, point, limit, folder, documents)
+            kept[point] = ask(model, harness, point, limit, folder)
     finally:
         results = assemble(folder, model.pretrained, command, runs, kept)
     assert results is not None  # the first dense point is there, or something was raised

@@ -50,8 +50,6 @@ def run(
         Whatever model and scorers raise: points that were finished before stay in the folder, and are not asked again.
     """
     rank, world = ranks()
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers must be at least 1, not {workers}")
     if world > 1 and (ray is not None or (workers or 1) > 1):
         raise ConfigError(f"torchrun starts the processes already; leave --{'workers' if ray is None else 'ray'} out")
     if ray is not None:

@@ -41,7 +41,9 @@ def load(
     Raises:
         ConfigError: there is no such model, device or dtype; names what there is.
     """
-    target, number = to_device(device), to_dtype(dtype)
+    target, number = to_device(device), DTYPES.get(dtype or "")
+    if dtype is not None and number is None:
+        raise ConfigError(unknown("dtype", dtype, DTYPES))
     from transformers import AutoModelForImageTextToText
 
     model: Any
@@ -95,10 +97,3 @@ def to_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
     return device
-
-
-def to_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of this name, None for None."""
-    if name is not None and name not in DTYPES:
-        raise ConfigError(unknown("dtype", name, DTYPES))
-    return None if name is None else DTYPES[name]

@@ -17,6 +17,10 @@ from vtoken.errors import ConfigError, shown
 ImageSize = int | tuple[int, int]
 FRAMES = 8  # of a video, where no other number is asked for
 VIDEO = "a folder of frames, an animated GIF or WebP, MP4 or WebM (needs torchvision)"
+DATA = (
+    "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: "
+    "image (path from that file), question, and answer if there is one"
+)
 POSITIONAL = "positional"  # the group of what is written without a flag
 BOUNDS = {
     "greater_than_equal": ("at least", "ge"),

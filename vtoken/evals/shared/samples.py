@@ -16,11 +16,8 @@ from torch import Tensor
 from vtoken.errors import ConfigError, shown, unknown
 from vtoken.evals import processors, reference
 from vtoken.evals.shared import media, models
+from vtoken.evals.shared.options import DATA
 
-ABOUT = (
-    "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: "
-    "image (path from that file), question, and answer if there is one"
-)
 KEYS = ("image", "question", "answer")
 
 
@@ -33,31 +30,42 @@ class Sample:
     answer: str | None = None
 
 
-def read(data: str | None, limit: int | None = None) -> list[Sample]:
+def read(data: str | None, limit: int | None = None, answered: bool = False) -> list[Sample]:
     """The first `limit` samples.
 
     Args:
-        data: see ABOUT. None: the last of the shipped questions instead, so that the first ones stay fresh for a test.
+        data: see DATA. None: the last of the shipped questions instead, so that the first ones stay fresh for a test.
+        answered: whether all must have an answer.
 
     Raises:
         ConfigError: no such data, none in it, or a line that does not fit; names file and line.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"the limit must be at least 1 question, not {limit}")
     if data in (None, "reference"):
         shipped = [Sample(q.image, q.question, q.answer) for q in reference.questions()]
         return shipped[:limit] if data else shipped[-(limit or 0) :]
-    file = Path(data) / "questions.jsonl" if os.path.isdir(data) else Path(data)
+    file = _file(data)
     if not os.path.isfile(file):
-        raise ConfigError(f"no data {shown(data)}; give {ABOUT}")
+        raise ConfigError(f"no data {shown(data)}; give {DATA}")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from None
     lines = [line for line in enumerate(text.splitlines(), 1) if line[1].strip()]
     if not lines:
-        raise ConfigError(f"{file} is empty; give {ABOUT}")
-    return [_sample(file, number, line) for number, line in lines[:limit]]
+        raise ConfigError(f"{file} is empty; give {DATA}")
+    found = [_sample(file, number, line) for number, line in lines[:limit]]
+    if answered and any(sample.answer is None for sample in found):
+        raise ConfigError(f"accuracy needs an answer to every question; {file} lacks some: add them, or take agreement")
+    return found
+
+
+def is_data(data: str) -> bool:
+    """Whether `read` is to read it; else it may be the name of a task, which is no path."""
+    return data == "reference" or os.sep in data or data.endswith(".jsonl") or os.path.isfile(_file(data))
+
+
+def _file(data: str) -> Path:
+    return Path(data) / "questions.jsonl" if os.path.isdir(data) else Path(data)
 
 
 def _sample(file: Path, number: int, line: str) -> Sample:

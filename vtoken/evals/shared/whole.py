@@ -15,6 +15,15 @@ def check_folder(file: Path | None) -> None:
     """Refuses a file that could not be written, before anything is computed."""
     if file is not None and not file.absolute().parent.is_dir():
         raise ConfigError(f"no folder {str(file.parent)!r} to write {file.name} into")
+    if file is not None and file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file")
+
+
+def check_out(folder: Path) -> None:
+    """Refuses a folder that could not be made, before anything is computed."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file; give another folder with --out")
 
 
 def write(file: Path, what: str | bytes) -> None:

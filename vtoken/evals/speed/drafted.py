@@ -71,6 +71,14 @@ class _Samples:
 
 
 @torch.inference_mode()
+def check(asked: BenchOptions) -> None:
+    """Refuses several prompts and short answers, before a model is loaded."""
+    if asked.batch > 1 or asked.new_tokens < 3:
+        raise ConfigError(
+            "drafts are verified one prompt at a time, from the second new token on: batch 1, 3 new tokens"
+        )
+
+
 def measure(
     model: Any, pipelines: Sequence[Any], other: Any = None, *, pictures: Any = None, **options: Any
 ) -> Drafted:
@@ -88,10 +96,7 @@ def measure(
         UnsupportedError: as `vtoken.draft` raises it.
     """
     asked = BenchOptions.given(**options)
-    if asked.batch > 1 or asked.new_tokens < 3:
-        raise ConfigError(
-            "drafts are verified one prompt at a time, from the second new token on: batch 1, 3 new tokens"
-        )
+    check(asked)
     adapter = registry.adapter(model.config.model_type)(model)
     prompt = random_prompt(adapter, pictures=pictures, **{name: getattr(asked, name) for name in SHOWN})
     samples = [_Samples(None), *(_Samples(load(pipeline)) for pipeline in pipelines)]

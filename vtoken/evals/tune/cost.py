@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from vtoken.config import Pipeline
-from vtoken.evals.cost.flops import account, picture_size
+from vtoken.evals.cost.flops import account
 from vtoken.evals.lmms.generation import TextGenerator
-from vtoken.evals.lmms.prompts import encode, text_tokens
+from vtoken.evals.lmms.prompts import encode, workload
 from vtoken.evals.shared.options import Workload
 from vtoken.evals.speed.latency import bench
 from vtoken.evals.tune.samples import Sample
@@ -17,20 +17,9 @@ ROUNDS = 5
 
 
 def shape(generator: TextGenerator, sample: Sample) -> Workload:
-    """Prefill of a sample; its pictures are taken for as large as the first."""
-    prompt = sample.prompt
-    inputs = encode(generator.processor, [prompt], generator.model)
-    grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else inputs
-    size = picture_size(generator.model.config, grids)
-    if size is None and prompt.pictures:
-        size = prompt.pictures[0].height, prompt.pictures[0].width
-    return Workload(
-        images=max(1, len(prompt.images) + len(prompt.clips)),
-        frames=len(prompt.clips[0].frames) if prompt.clips else 1,
-        image_size=size,
-        text_tokens=max(1, text_tokens(generator.adapter, inputs)),
-        new_tokens=1,
-    )
+    """Prefill of a sample."""
+    inputs = encode(generator.processor, [sample.prompt], generator.model)
+    return workload(generator.adapter, sample.prompt, inputs)
 
 
 def share(generator: TextGenerator, pipeline: Pipeline, objective: Objective, like: Workload) -> float:

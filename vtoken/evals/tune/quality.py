@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ Measure = Literal["agreement", "accuracy", "cosine"]
 
 
 class Judge:
-    """Scores pipelines on samples; the dense model answers once.
+    """Scores pipelines on samples; the dense model answers once, when its answers are first needed.
 
     Args:
         measure: "agreement", the share of answers that equal the dense model's; "accuracy", the share that are right
@@ -31,12 +32,7 @@ class Judge:
             state with the dense model's, which VFlowOpt is tuned with (its authors sum it over 30 samples).
         tasks: where the samples come from; accuracy is then a `RelativeScore`, by the tasks' own scorers.
         chunk: samples after which these scorers are asked again.
-
-    Attributes:
-        dense: the dense model's own quality: 1 except for accuracy against given answers.
     """
-
-    relative: RelativeScore | None = None
 
     def __init__(
         self,
@@ -47,24 +43,36 @@ class Judge:
         tasks: Tasks | None = None,
         chunk: int = 8,
     ) -> None:
-        if measure == "accuracy" and tasks is None and any(sample.answer is None for sample in samples):
-            raise ConfigError("accuracy needs an answer to every sample; add them, or take --quality agreement")
         self.generator, self.samples, self.measure, self.batch_size = generator, list(samples), measure, batch_size
-        self.chunk = chunk
-        generator.use(None)
-        # Answers, or states, of every sample.
+        self.tasks, self.chunk = tasks, chunk
         self._ask: Callable[[Sequence[Sample]], list[Any]] = self._hidden if measure == "cosine" else self._answers
-        self._reference: list[Any] = [each for batch in self._batches() for each in self._ask(batch)]
-        self.dense = 1.0
-        if measure == "accuracy" and tasks is not None:
-            self.relative = RelativeScore(tasks, self._reference)
-        elif measure == "accuracy":
-            right = [_same(said, s.answer or "") for said, s in zip(self._reference, self.samples, strict=True)]
-            self.dense = sum(right) / len(right)
-        if not self.dense:
+
+    @cached_property
+    def _reference(self) -> list[Any]:
+        """The dense model's answer to every sample, or its state."""
+        self.generator.use(None)
+        return [each for batch in self._batches() for each in self._ask(batch)]
+
+    @cached_property
+    def relative(self) -> RelativeScore | None:
+        """What scores accuracy on tasks."""
+        return RelativeScore(self.tasks, self._reference) if self.measure == "accuracy" and self.tasks else None
+
+    @cached_property
+    def dense(self) -> float:
+        """The dense model's own quality: 1 except for accuracy against given answers.
+
+        Raises:
+            ConfigError: it is 0.
+        """
+        if self.measure != "accuracy" or self.relative is not None:
+            return 1.0
+        right = [_same(said, s.answer or "") for said, s in zip(self._reference, self.samples, strict=True)]
+        if not any(right):
             raise ConfigError(
                 "the dense model answers nothing right, so no accuracy can be kept; take --quality agreement"
             )
+        return sum(right) / len(right)
 
     @property
     def most(self) -> list[float]:
@@ -78,6 +86,7 @@ class Judge:
     def scores(self, pipeline: Pipeline) -> Generator[list[float], None, None]:
         """Scores, batch by batch, or chunk by chunk with tasks; the model is dense again when this ends or is
         closed."""
+        reference = self._reference  # before the pipeline is on
         self.generator.use(pipeline)
         try:
             if self.relative is not None:
@@ -85,13 +94,12 @@ class Judge:
                 return
             done = 0
             for batch in self._batches():
-                yield self._score(batch, done)
+                yield self._score(batch, reference[done : done + len(batch)])
                 done += len(batch)
         finally:
             self.generator.use(None)
 
-    def _score(self, batch: Sequence[Sample], start: int) -> list[float]:
-        dense = self._reference[start : start + len(batch)]
+    def _score(self, batch: Sequence[Sample], dense: Sequence[Any]) -> list[float]:
         wanted = [sample.answer or "" for sample in batch] if self.measure == "accuracy" else dense
         pairs = zip(self._ask(batch), wanted, strict=True)
         if self.measure == "cosine":

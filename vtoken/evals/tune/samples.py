@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtoken.errors import ConfigError
 from vtoken.evals.lmms.prompts import Prompt, from_chat
-from vtoken.evals.shared.samples import read
+from vtoken.evals.shared.samples import is_data, read
 
 if TYPE_CHECKING:  # It needs lmms-eval.
     from vtoken.evals.tune.tasks import Tasks
@@ -26,20 +25,17 @@ class Sample:
     options: dict[str, Any]
 
 
-def load(data: str, limit: int | None) -> list[Sample]:
-    """The first samples of "reference" (the shipped held-out questions) or of a JSONL file of {image, question,
-    answer?}."""
+def load(data: str, limit: int | None, answered: bool = False) -> list[Sample]:
+    """As prompts what `shared.samples.read` reads, by the same arguments."""
     options = {"max_new_tokens": 8 if data == "reference" else 32}
-    return [_sample(str(each.image), each.question, each.answer, options) for each in read(data, limit)]
+    return [_sample(str(each.image), each.question, each.answer, options) for each in read(data, limit, answered)]
 
 
 def tasks(data: str, limit: int | None, folders: Sequence[Path] = ()) -> Tasks | None:
     """lmms-eval's tasks of these names, those in `folders` included, each with its first documents; None where `data`
     names what `load` reads."""
-    if data == "reference" or data.endswith(".jsonl"):
+    if is_data(data):
         return None
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, not {limit}")
     from vtoken.evals.lmms.prepare import prepare
 
     prepare("vtoken tune on tasks")

@@ -47,10 +47,6 @@ class Search:
     study: optuna.Study = field(init=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ConfigError(f"keep-accuracy must lie between 0 and 100 %, not {100 * self.keep:g} %")
-        if self.first < 1:
-            raise ConfigError(f"first must be at least 1 sample, not {self.first}")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{(self.folder / 'study.db').resolve()}"
@@ -60,8 +56,8 @@ class Search:
         settings = {"objective": self.objective, "quality": self.judge.measure, "keep": self.keep, "first": self.first}
         given = {"shape": self.shape, "space": self.space.model_dump(mode="json"), "vtoken": vtoken.__version__}
         own = json.loads(json.dumps({**self.about, **settings, **given}, sort_keys=True, default=str))
-        known = self.study.user_attrs.setdefault("about", own)
-        if known != own:
+        known = self.study.user_attrs.get("about", own)
+        if known != own and self._tried():
             other = ", ".join(key for key in own if known.get(key) != own[key])
             raise ConfigError(f"{self.folder} holds a study with another {other}; give another folder with --out")
         self.study.set_user_attr("about", own)
@@ -82,11 +78,10 @@ class Search:
         """Goes on until there are so many trials, those of earlier calls counted.
 
         Raises:
-            VtokenError: no trials, or a model that can serve none of the drawn pipelines.
+            VtokenError: a model that can serve none of the drawn pipelines.
             Whatever the model raises: the trials before stay in the study.
         """
-        if trials < 1:
-            raise ConfigError(f"trials must be at least 1, not {trials}")
+        floor = self.floor  # The dense model answers first.
         for done in range(len(self._tried()), trials):
             trial = self.study.ask()
             pipeline = self.space.suggest(trial)
@@ -94,7 +89,7 @@ class Search:
             say(f"{done} of {trials} trials, {pipeline.name}", done / trials)
             try:
                 cost = share(self.judge.generator, pipeline, self.objective, self.like)
-                quality = self._quality(trial, pipeline)
+                quality = self._quality(trial, pipeline, floor)
             except UnsupportedError as error:
                 trial.set_user_attr("refused", str(error))
                 quality = None
@@ -109,7 +104,7 @@ class Search:
     def _tried(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or (TrialState.COMPLETE, TrialState.PRUNED))
 
-    def _quality(self, trial: optuna.Trial, pipeline: Pipeline) -> float | None:
+    def _quality(self, trial: optuna.Trial, pipeline: Pipeline, floor: float) -> float | None:
         """Mean score, None where the trial was stopped; `stopped` then says why, `first` what was seen until then."""
         total, most = len(self.judge.samples), self.judge.most
         before = [t.user_attrs["first"] for t in self._tried() if "first" in t.user_attrs]
@@ -122,9 +117,9 @@ class Search:
                 mean, why = sum(scores) / len(scores), ""
                 if early and len(scores) >= self.first:
                     trial.set_user_attr("first", mean)
-                    if before and mean < min(self.floor, median(before)):
+                    if before and mean < min(floor, median(before)):
                         why = "below the median"
-                if (sum(scores) + sum(most[len(scores) :])) / total < self.floor:
+                if (sum(scores) + sum(most[len(scores) :])) / total < floor:
                     why = why or "cannot reach the floor"
                 if why and len(scores) < total:
                     trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, {why}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -45,7 +44,8 @@ class Space(Options):
         found = []
         for name in self.alternatives:
             try:
-                found += [self.draw(name, partial(_end, k)) for k in (0, -1)]
+                found.append(self.draw(name, lambda key, given: _ends(key, given)[0]))
+                found.append(self.draw(name, lambda key, given: _ends(key, given)[-1]))
             except ConfigError as error:
                 raise ConfigError(f"alternative {name!r}: {error}") from error
         return found
@@ -74,10 +74,6 @@ def _filled(value: Any, at: str, choose: Callable[[str, dict[str, Any]], Any]) -
     if isinstance(value, list):
         return [_filled(each, f"{at}{k}.", choose) for k, each in enumerate(value)]
     return value
-
-
-def _end(k: int, key: str, given: dict[str, Any]) -> Any:
-    return _ends(key, given)[k]
 
 
 def _ends(key: str, given: dict[str, Any]) -> list[Any]:
