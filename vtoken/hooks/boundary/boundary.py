@@ -86,8 +86,8 @@ class Boundary:
         return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
 
     def _unmade(self, kwargs: dict, cache: Any) -> dict:
-        """The arguments with the mask that the model made its masks of, for all tokens that were ever there; as they
-        are with a static cache."""
+        """The arguments with the 2D mask (over logical columns) from which the model made its own masks; unchanged with
+        a static cache."""
         made, given = kwargs.get("attention_mask"), self.run.mask
         if (cache is not None and cache.is_compileable) or not isinstance(made, dict) or isinstance(given, dict):
             return kwargs
@@ -134,7 +134,7 @@ class Boundary:
         return None if new is None else (args, {**kwargs, **new})
 
     def _facts(self, flow: PrefillState, stage: Stage) -> dict[Fact, Any]:
-        """What the stage asked for, about the live tokens."""
+        """The facts that the stage asked for, about the live tokens."""
         return {need: self._fact(flow, stage, need) for need in stage.needs()}
 
     def _fact(self, flow: PrefillState, stage: Stage, need: Fact) -> Any:
@@ -145,8 +145,8 @@ class Boundary:
         return text_of(flow, flow.hidden)
 
     def _shortened(self, flow: PrefillState, values: Tensor, kwargs: dict) -> dict[str, Any]:
-        """What the language model gets instead: `values` [ΣK, D] of the live visual tokens among the rest of the
-        prompt, packed to the left."""
+        """New arguments of the language model: `values` [ΣK, D] of the live visual tokens and the rest of the prompt,
+        packed to the left."""
         x = flow.hidden
         cache = checked_cache(self.context, flow, kwargs.get("use_cache"), (self.shrinker, self.chooser))
         if flow.live.history.slot is not None:
@@ -210,7 +210,7 @@ class Boundary:
         return kwargs if stock else {**kwargs, "attention_mask": cache.valid[0]}
 
     def _stock(self, cache: PrunedCache, x: Tensor) -> bool:
-        """Whether a decode step without a mask is one of the model's own, with nothing to be done."""
+        """Whether a decode step without a mask can run as the model's own, with nothing to be done here."""
         return (
             x.shape[1] == 1
             and self._level(cache, None)
@@ -230,8 +230,8 @@ class Boundary:
 
     @eager
     def _go_on(self, args: tuple, kwargs: dict, shift: Tensor | None, taps: bool) -> Any:
-        """What shapes do not show: rows of different lengths, several new tokens, layers that hold different
-        ones."""
+        """A forward that needs a mask or taps: rows of different lengths, several new tokens, layers that hold
+        different tokens."""
         flow = forward_of(self.context, kwargs)
         if shift is not None:
             flow.positions = flow.positions + shift

@@ -41,7 +41,7 @@ def check_packed(kwargs: dict, config: Any) -> None:
 
 
 def check_labels(flow: PrefillState) -> None:
-    """A dropped token predicts nothing, so nothing may be supervised on it.
+    """Refuses labels on what a dropped token would predict: it has no logits.
 
     Raises:
         ValueError: a label that is not -100 follows a dropped token.
@@ -59,10 +59,10 @@ def check_labels(flow: PrefillState) -> None:
 def checked_cache(
     context: Context, flow: PrefillState, use_cache: bool | None, users: Sequence[CacheShrinker | SlotChooser | None]
 ) -> Any:
-    """The cache that takes the pruned prompt, a new one where the model would make it; None without.
+    """The cache that takes the pruned prompt: a new one where the model would make one; None where none is used.
 
     Args:
-        users: what stages do with it.
+        users: those that change or read it for stages; each checks it.
 
     Raises:
         UnsupportedError: it cannot serve a stage, or is static with layers that all slide.

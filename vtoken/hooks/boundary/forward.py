@@ -1,4 +1,4 @@
-"""The arguments of a forward of the language model, as the state that hooks work on."""
+"""Turns the arguments of a forward of the language model into the state that hooks work on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vtoken.hooks.state.pruned_cache import PrunedCache, lengthened
 
 
 def forward_of(context: Context, kwargs: dict) -> ForwardState:
-    """The state of this forward before anything is decided."""
+    """The state of this forward before anything is decided; UnsupportedError at a 4D mask without a static cache."""
     x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get(CACHE)
     batch, length = x.shape[:2]
     if isinstance(mask, dict):
@@ -66,5 +66,5 @@ def lagging(kwargs: dict, shift: Tensor) -> Tensor:
 
 
 def as_bool(mask: Tensor) -> Tensor:
-    """What a 4D mask lets through, whatever its dtype."""
+    """True where a 4D mask lets attention through, whatever its dtype."""
     return mask == 0 if mask.is_floating_point() else mask.bool()

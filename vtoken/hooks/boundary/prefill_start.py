@@ -24,8 +24,8 @@ from vtoken.stages import Keep, offsets_of
 def build_prefill(
     context: Context, flow: ForwardState, visual: Tensor, deepstack: Sequence[Tensor] | None
 ) -> tuple[PrefillState, Tensor]:
-    """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens
-    too."""
+    """Finds the images of the batch, and drops what the encoder dropped; returns the state of the prefill, and the
+    values [ΣK, D] of its live tokens."""
     found = prompt_images(context, flow, visual)
     located, whole, seen, values = found.spans, found.whole, found.seen, found.values
     flow.positions, lag = moved_up(flow, found)
@@ -63,8 +63,8 @@ def build_prefill(
 
 
 def project(adapter: Any, features: Tensor) -> Tensor:
-    """[M, D] of features [M, D_encoder]. By `forward`: the projector's hooks, vtoken's among them, are about whole
-    pictures."""
+    """Projects features [M, D_encoder] to [M, D]. Calls `forward`, without the projector's hooks: those, vtoken's
+    among them, expect whole pictures."""
     projector = adapter.projectors[0]
     device = next(projector.parameters()).device
     # Where accelerate offloads the projector, what it put around `forward` brings both together.
@@ -76,8 +76,8 @@ def entered(flow: PrefillState, values: Tensor, hidden: bool) -> Tensor:
     """Leaves out what the padding mask hides (if it does) and what encoder stages dropped; returns the values that
     remain of [ΣN, D].
 
-    Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones, of which only
-    some tokens have any, are those of the token that absorbed them.
+    DeepStack features from before a merge are averaged over the merged tokens, equally weighted. Those from after it,
+    which not all tokens have, are averaged over the tokens that have any.
     """
     v, encodes = flow.raster, flow.spans.encodes
     keep = None if hidden else known(flow.spans)
@@ -94,7 +94,7 @@ def entered(flow: PrefillState, values: Tensor, hidden: bool) -> Tensor:
 
 
 def known(spans: ImageSpans) -> Keep | None:
-    """What the vision tower left, where the host knows: one call's images, in their order, as the tower saw them."""
+    """What the vision tower left, if the host knows (one call's images, in order, as the tower saw them); else None."""
     history = spans.encodes[0].history if len(spans.encodes) == 1 and spans.source is None else None
     if history is None or len(history.full) != len(spans.layouts):
         return None
@@ -102,7 +102,7 @@ def known(spans: ImageSpans) -> Keep | None:
 
 
 def still_there(flow: PrefillState) -> Keep:
-    """What is live of the unpruned tokens [ΣN]. Asks the device how many."""
+    """Which of the unpruned tokens [ΣN] are live. Asks the device how many."""
     v, encodes = flow.raster, flow.spans.encodes
     gone = ~(mask_of(flow.spans, [e.left() for e in encodes]).to(v.image.device) & flow.new[v.batch_row, v.column])
     counts = v.image.new_zeros(len(v.lengths)).index_add_(0, v.image, (~gone).to(v.image)).tolist()
@@ -121,7 +121,7 @@ def still_there(flow: PrefillState) -> Keep:
 
 
 def mask_of(located: ImageSpans, masks: Sequence[Tensor | None]) -> Tensor:
-    """[ΣN] bool of one packed mask per encode, None for one that is True everywhere."""
+    """[ΣN] bool gathered from one packed mask per encode; None stands for a mask that is True everywhere."""
     sizes = [len(encode.fingerprint) for encode in located.encodes]
     device = next((m.device for m in masks if m is not None), located.batch_row.device)
     whole = [
@@ -131,5 +131,5 @@ def mask_of(located: ImageSpans, masks: Sequence[Tensor | None]) -> Tensor:
 
 
 def without(keep: Keep, gone: Tensor) -> Keep:
-    """The decision when some of the tokens [ΣN] have no value to give."""
+    """The decision without merging from tokens that have no value; `gone`: [ΣN] bool, which those are."""
     return keep if keep.into is None else replace(keep, into=keep.into.masked_fill(gone.to(keep.into.device), -1))

@@ -29,14 +29,14 @@ from vtoken.stages import Keep, image_of, place_in_image, positions
 
 @dataclass(frozen=True)
 class PromptImages:
-    """What a prefill holds.
+    """The images of a prefill, and how its rows divide.
 
     Attributes:
         spans: where its images came from and stand.
-        whole, seen: their unpruned tokens, and those that the padding mask does not hide; hidden: whether it hides any.
-        values: [ΣN, D] what stands at `whole`.
-        counts, texts, tails: per row, tokens that the mask shows, those of text, and those after the prompt.
-        answer: [B, L] which are after the prompt; None where none is.
+        whole, seen: their unpruned tokens, and those that the padding mask shows; hidden: whether it hides any.
+        values: [ΣN, D] hidden states at `whole`.
+        counts, texts, tails: tokens per row: all that the mask shows, those of text, and those of the tail.
+        answer: [B, L] bool, which are of the tail; None where none is.
     """
 
     spans: ImageSpans
@@ -51,7 +51,7 @@ class PromptImages:
 
 
 def prompt_images(context: Context, flow: ForwardState, kinds: Tensor) -> PromptImages:
-    """Finds them in `kinds` [B, L]. Asks the device once, where `first_look` can.
+    """Finds the images in `kinds` [B, L]. Asks the device once where `first_look` holds, else more often.
 
     Raises:
         UnsupportedError, ValueError: see `locate`, `unmasked` and `check`.
@@ -78,12 +78,12 @@ def prompt_images(context: Context, flow: ForwardState, kinds: Tensor) -> Prompt
 
 @dataclass(frozen=True)
 class FirstLook:
-    """What the device can work out before the host knows the counts, if the visual tokens are those that were encoded
-    last, all of one kind, each once.
+    """What the device works out before the host knows the counts, assuming that the visual tokens are those that were
+    encoded last, of one kind, each once.
 
     Attributes:
         at: batch row and column [ΣN] of each.
-        values: [ΣN, D] what stands there.
+        values: [ΣN, D] hidden states there.
         fine: [] bool, False where `check` has to look again.
     """
 
@@ -93,7 +93,7 @@ class FirstLook:
 
 
 def first_look(context: Context, flow: ForwardState, kinds: Tensor, positions: Tensor | None) -> FirstLook | None:
-    """None where more than one kind was encoded, or newlines stand in between."""
+    """None where not one kind alone was encoded, newlines stand in between, or `kinds` has too few columns."""
     encodes = list(context.run.encodes.values())
     if len(encodes) != 1 or any(layout.newline is not None for layout in encodes[0].layouts):
         return None
@@ -110,8 +110,8 @@ def first_look(context: Context, flow: ForwardState, kinds: Tensor, positions: T
 def counted(
     kinds: Tensor, new: Tensor, answer: Tensor | None, number: int, fine: Tensor | None
 ) -> tuple[list[list[int]], list[int], list[int], list[int], bool]:
-    """Asks the device once: per kind its placeholders in every row; per row, tokens after the prompt, visual ones that
-    the padding mask shows, and all that it shows; and whether it is `fine` [] bool."""
+    """Asks the device once: the placeholders of each kind per row; per row, tokens of the tail, visual tokens that the
+    padding mask shows, and all tokens that it shows; and `fine` [] bool (False if None)."""
     each = [kinds == kind + 1 for kind in range(number)]
     visual = each[0] if number == 1 else kinds > 0
     found = [*each, visual & new, new]

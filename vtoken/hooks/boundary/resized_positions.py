@@ -17,8 +17,8 @@ from vtoken.stages import Grid, uploaded
 
 
 def moved_up(flow: ForwardState, found: PromptImages) -> tuple[Tensor, Tensor | None]:
-    """Position ids [axes, B, L] of all columns, and [B] how much further decode steps lag behind what the model counts
-    than before; None where no picture was resized.
+    """Position ids [axes, B, L] of all columns, and [B] how much further than before decode steps lag behind what the
+    model counts (None where no picture was resized).
 
     Args:
         flow: before anything is decided; its positions [axes, B or 1, L] are those of the model.
@@ -44,8 +44,8 @@ def moved_up(flow: ForwardState, found: PromptImages) -> tuple[Tensor, Tensor | 
 
 
 def lag_behind_runs(whole: LiveTokens, given: list[Grid], wanted: list[Grid], new: Tensor) -> Tensor:
-    """[B, L] how far every column lags: by what the longer sides of the pictures before it lost. Text between the
-    frames of a video follows each of them."""
+    """[B, L] how far every column lags: the sum of what the longer sides of the pictures before it lost. Where text
+    stands between the frames of a video, each frame before it counts."""
     device = whole.column.device
     lost = uploaded([max(a[1:]) - max(b[1:]) for a, b in zip(given, wanted, strict=True)], device)
     follows = (whole.column[1:] == whole.column[:-1] + 1) & (whole.image[1:] == whole.image[:-1])

@@ -14,25 +14,25 @@ from vtoken.hooks.state.read_prompt import ReadPrompt
 
 
 class Chain(Protocol):
-    """What a draft makes of one `generate`. Every method returns logits [V] of the token after the last one given."""
+    """State of a draft during one `generate`. Every method returns logits [V] of the token after the last one given."""
 
     def read(self, prompt: ReadPrompt, token: Tensor) -> Tensor:
         """The prompt, and the first token [1] of the answer."""
 
     def verified(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """What the target said since: tokens [n], each with the last hidden state [n, D] of the one before it."""
+        """Tokens [n] that the target gave since, and the last hidden state [n, D] of the token before each."""
 
     def ahead(self, token: Tensor) -> Tensor:
-        """The guess [1] that was made of the logits returned last."""
+        """The guess [1] drawn from the logits returned last."""
 
 
 class ChainGenerator(CandidateGenerator):
-    """First the target reads the prompt alone; then its draft, whose method `chain` makes a `Chain`, runs ahead by
-    `num_assistant_tokens` (of its generation config) from what the target said last. Guesses are drawn as the target's
-    tokens are: sampled where it samples, from what the logits processors make of the draft's logits.
+    """First the target reads the prompt alone. Then its draft (whose `chain()` returns a `Chain`) guesses at most
+    `num_assistant_tokens` tokens (of the draft's generation config) after the target's last. Guesses are drawn as the
+    target's tokens are: sampled where it samples, from the draft's logits after the target's logits processors.
 
     Args:
-        drafting: what joins the two.
+        drafting: joins target and draft.
         model_kwargs: of the target's loop; given: what else transformers hands to a candidate generator.
     """
 
@@ -66,7 +66,7 @@ class ChainGenerator(CandidateGenerator):
         return ids, torch.stack(scores, dim=1)
 
     def _drawn(self, scores: Tensor) -> Tensor:
-        """[1, 1] a token by its score [1, V]."""
+        """[1, 1] the token drawn from scores [1, V]."""
         return scores.softmax(-1).multinomial(1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
 
     def _ends(self, token: Tensor) -> bool:

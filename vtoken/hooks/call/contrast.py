@@ -25,10 +25,10 @@ DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit",
 
 
 class Contrasting:
-    """What `generate` of a model does besides.
+    """Makes `generate` of a model contrast its logits with those of another pipeline.
 
     Args:
-        handle, model: of the model that answers.
+        handle: writes to the model that answers; model: that model.
         other: context of the same model under the other pipeline.
         alpha, beta: see `Against`.
     """
@@ -90,12 +90,12 @@ def check_call(given: dict[str, Any], config: Any) -> None:
 
 class Against(LogitsProcessor):
     """(1 + alpha) l - alpha l', where l are a token's logits and l' the other pipeline's; words with l below
-    ln beta + max l are out.
+    ln beta + max l get -inf (none does where beta is 0).
 
     Args:
-        context: of the model under the other pipeline; turn: a lock while that runs, since what it remembers of
-            positions from token to token is of one call only.
-        ids, mask: [B, L] of the prompt; given: what else of the call tells of it, pictures among it.
+        context: of the model under the other pipeline; turn: a lock while that runs, since the model
+            remembers positions (`rope_deltas`) of one call only.
+        ids, mask: [B, L] of the prompt; given: the other arguments of the call that describe it, such as pictures.
         beams: rows are beams, which may be reordered between two tokens, and scores must be log-probabilities.
     """
 
@@ -126,7 +126,7 @@ class Against(LogitsProcessor):
         return out.log_softmax(-1) if self.beams else out
 
     def _read(self, rows: int) -> Tensor:
-        """[rows, V] after the prompt, which is read once for all that come of it."""
+        """[rows, V] logits after the prompt, which is read once for all rows (beams, samples) that continue it."""
         logits = self._run(self.ids, self.mask, self.given)
         copies = rows // len(self.ids)
         if copies > 1:
@@ -140,7 +140,7 @@ class Against(LogitsProcessor):
         return logits
 
     def _step(self, input_ids: Tensor) -> Tensor:
-        """[rows, V] after one more token."""
+        """[rows, V] logits after one more token."""
         if self.beams:
             self._reorder(input_ids)
         more = input_ids.shape[1] - self.ids.shape[1]
@@ -156,8 +156,8 @@ class Against(LogitsProcessor):
         return value.shape[1] == self.ids.shape[1]
 
     def _reorder(self, input_ids: Tensor) -> None:
-        """Rows of one prompt that said the same are in the same state, so each takes that of one which said what it
-        says. Asks the device."""
+        """Reorders the cache as beam search reordered its rows: each takes the state of a row of its prompt that had
+        the same ids before the newest (UnsupportedError where none had). Asks the device."""
         copies = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // self.prompts)
         alike = (input_ids[:, None, :-1] == self.rows[None]).all(-1) & (copies[:, None] == copies[None])
         if not bool(alike.any(1).all()):

@@ -1,5 +1,5 @@
-"""Assisted generation with a draft that sees: transformers' own loop, which hands a draft no pictures, is given what
-drafts here."""
+"""Assisted generation with a draft that sees: transformers' own loop, which hands a draft no pictures, is given a
+candidate generator that does."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Acceptance:
     """What became of the drafts of one `generate`.
 
     Attributes:
-        drafted: tokens that the draft proposed; accepted: those of them that the target would have said.
+        drafted: tokens that the draft proposed; accepted: those of them that the target gave too.
         steps: forwards of the target that verified drafts; the prefill, which gives the first token, is none.
-        tokens: what these steps gave.
+        tokens: how many tokens these steps gave.
     """
 
     drafted: int = 0
@@ -45,7 +45,7 @@ class Acceptance:
 
     @property
     def share(self) -> float:
-        """Of the drafted tokens, how many were accepted; nan where nothing was drafted."""
+        """Share of the drafted tokens that were accepted; nan where nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else float("nan")
 
     @property
@@ -54,7 +54,7 @@ class Acceptance:
         return self.tokens / self.steps if self.steps else float("nan")
 
     def note(self, drafts: Tensor, said: Tensor) -> None:
-        """One step: the target was given drafts [n] and has said tokens [m]."""
+        """One step: the target was given drafts [n] and gave tokens [m]."""
         n = min(len(said), len(drafts))
         self.drafted += len(drafts)
         self.accepted += int((said[:n].to(drafts.device) == drafts[:n]).long().cumprod(0).sum())
@@ -63,8 +63,8 @@ class Acceptance:
 
 
 class _Call(threading.local):
-    """Of the calling thread: what `generate` of the target was given, whether the draft is at work for it, and what
-    became of the drafts."""
+    """Of the calling thread: which arguments of the target's `generate` the draft takes too, whether the draft is
+    running for it, and what became of the drafts."""
 
     given: dict[str, Any] | None = None
     at_work: bool = False
@@ -93,7 +93,7 @@ class Drafting:
             handle.set(model, "_validate_generation_mode", one_vocabulary(model._validate_generation_mode, self.draft))
 
     def on_draft(self, context: Context, size: int) -> None:
-        """`size`: words of the target."""
+        """`size`: vocabulary size of the target."""
         self.parted = any(getattr(stage, "in_classes", False) for stage in context.stages)
         context.handle.set(self.draft, "generate", self._only_here(self.draft.generate))
         if words(self.draft) != size:
@@ -152,7 +152,7 @@ class Drafting:
 
 
 def check_call(inputs: Tensor | None, kwargs: dict[str, Any], encodes: bool) -> None:
-    """Refuses calls of which the draft could not be given what the target has seen. `encodes`: it has a tower.
+    """Refuses calls in which the draft could not be given what the target sees. `encodes`: the draft has a tower.
 
     Raises:
         UnsupportedError: says what to pass instead.
@@ -176,7 +176,7 @@ class Seeing(AssistedCandidateGenerator):
     """First the target reads the prompt alone, then the draft does, with pictures; from then on the draft runs ahead.
 
     Args:
-        drafting: what joins the two.
+        drafting: joins target and draft.
         model_kwargs: of the target's loop; given: what else transformers hands to a candidate generator.
     """
 
@@ -212,7 +212,7 @@ class Seeing(AssistedCandidateGenerator):
             return self._read(generation_args) if reads else super()._generate_candidates(generation_args)
 
     def _read(self, generation_args: dict[str, Any]) -> Any:
-        """The first drafts: the draft is given the prompt with its pictures, as any model is."""
+        """The first drafts: the draft is given the prompt with its pictures, as in a call of its own."""
         kept, length = self.assistant_kwargs, generation_args[self.input_ids_key].shape[1]
         cache = DynamicCache(config=self.assistant_model.config.get_text_config(decoder=True))
         cache.activate_past_recording()
@@ -236,8 +236,8 @@ class Seeing(AssistedCandidateGenerator):
         return found
 
     def _own(self, value: Any, length: int) -> Any:
-        """An argument on the draft's device and in its dtype; what tells of every token of the prompt tells of the
-        token after it that it is text."""
+        """An argument on the draft's device and, if floating, in its dtype; one with an integer per token of the prompt
+        is padded with 0 (text) for the token after it."""
         if not isinstance(value, Tensor):
             return value
         value = value.to(self.assistant_model.device)

@@ -34,8 +34,8 @@ def refuse_batching(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 class CallInputs:
-    """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. Nothing on decode steps,
-    which may be compiled."""
+    """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. They record nothing on
+    decode steps, which may be compiled."""
 
     def __init__(self, context: Context) -> None:
         adapter, handle = context.adapter, context.handle
@@ -74,7 +74,7 @@ class CallInputs:
         return generate
 
     def _prepared(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The masks that a static cache is given tell of its slots, from which padding of the prompt cannot be read."""
+        """Notes the padding of the prompt, which cannot be read from the mask over slots made for a static cache."""
 
         @wraps(original)
         def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ class CallInputs:
         return prepare_inputs_for_generation
 
     def _placed(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Positions of rows and columns, which the model reads off the ids that its mask leaves."""
+        """Names the cause where the model cannot number rows and columns as its mask hides visual tokens."""
         signature = inspect.signature(original)
 
         @eager
@@ -104,7 +104,7 @@ class CallInputs:
         return get_rope_index
 
     def _read(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict, *, ahead: bool = False) -> None:
-        """Leaves the prompt for the feature functions of families that need it. `ahead`: it holds what is cached."""
+        """Leaves the prompt to families whose feature functions need it. `ahead`: earlier turns may be in it."""
         given = embeds if ids is None else ids
         if self.adapter.prompted and pictured(kwargs) and given is not None:
             last = newest(ids, embeds, kwargs) if ahead else 0
@@ -122,7 +122,7 @@ class CallInputs:
         self.run.tail = wanted - 1 if type(wanted) is int and wanted > 1 else 0
 
     def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Ids cannot be seen any more inside the language model."""
+        """Reads the ids, which cannot be seen any more inside the language model."""
         ids = args[0] if args else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         given = embeds if ids is None else ids
@@ -133,7 +133,7 @@ class CallInputs:
 
     @eager
     def _padded(self, kwargs: dict) -> None:
-        """Before the model makes masks of a 2D one, which cannot be seen any more inside the language model."""
+        """Notes the 2D mask before the model makes others of it, which are all that the language model sees."""
         check_owner(cache_of(kwargs), self.owner)
         self.run.mask = kwargs.get("attention_mask")
 

@@ -1,8 +1,8 @@
 """Finds the images of prompts with fewer visual tokens than `min_visual_tokens` before the vision tower runs, so that
 its stages leave them alone.
 
-If all prompts of a call are such, no facts are computed either. Rows are known as soon as the prompt is: to `generate`,
-which since transformers 5.18 encodes before the first forward, or to the forward itself.
+If every prompt of a call has too few, no facts are computed either. Rows are counted where the prompt is first seen: in
+`generate`, which since transformers 5.18 encodes before the first forward, or in the forward itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vtoken.hooks.state.run import KINDS, PIXELS, ImageLayout, SkipPlan, newline
 
 
 class MinTokensGuard:
-    """Leaves a `SkipPlan` per kind in `run.skip_plans` for the feature functions. `CallInputs` tells it of calls,
-    before the tower runs."""
+    """Leaves a `SkipPlan` per kind in `run.skip_plans` for the feature functions. `CallInputs` calls it before the
+    tower runs."""
 
     def __init__(self, context: Context) -> None:
         self.adapter, self.run, self.min_tokens = context.adapter, context.run, context.min_tokens
@@ -59,20 +59,20 @@ class MinTokensGuard:
 
 
 def pictured(kwargs: dict) -> list[str]:
-    """Of which kinds a call brings pixels."""
+    """The kinds (image, video) for which a call has pixels."""
     return [kind for kind in PIXELS if pixels_of(kind, kwargs) is not None]
 
 
 def _padding(kwargs: dict) -> Tensor | None:
-    """The padding mask [B, L]. None for the 4D masks that `generate` builds for a static cache, of some decoders one
-    per layer type."""
+    """The padding mask [B, L]. None for the 4D masks that `generate` builds for a static cache (a dict of them,
+    one per layer type, for some decoders)."""
     mask = kwargs.get("attention_mask")
     return mask if torch.is_tensor(mask) and mask.ndim == 2 else None
 
 
 def newest(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
-    """How many columns are of the turn to come: `generate` is given the whole conversation, or a mask as long as that.
-    0 means all."""
+    """How many of the last columns are not cached yet: `generate` is given the whole conversation, or a mask as long
+    as that. 0 means all."""
     cache, mask = cache_of(kwargs), _padding(kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
     whole = mask if mask is not None else ids if ids is not None else embeds
@@ -84,7 +84,7 @@ def lost(here: Tensor, hidden: Tensor, images: list[Image]) -> list[int]:
     """Visual tokens per row that the padding mask hides, newlines not counted. Asks the device.
 
     Args:
-        here: [B, L] bool, placeholders of these images; hidden: [B, L] bool, what is hidden.
+        here: [B, L] bool, placeholders of `images`; hidden: [B, L] bool, placeholders that the mask hides.
     """
     batch_row, column = here.nonzero(as_tuple=True)
     newline = newline_mask([image.layout for image in images]).to(here.device)
@@ -100,7 +100,7 @@ def skipped(
     """Per kind, which of its images stand in rows with fewer than `min_tokens` visual tokens of all kinds.
 
     Args:
-        rows: per kind, the images of the batch; visual: visual tokens per row that the padding mask does not hide.
+        layouts, rows: per kind, of the images of the call; visual: visual tokens per row that the padding mask shows.
     """
     dense = {row for row, n in enumerate(visual) if n < min_tokens}
     every = {image.row for images in rows.values() for image in images}

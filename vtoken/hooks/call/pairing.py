@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_target(stages: Sequence[Stage], target: Adapter | None) -> None:
-    """Refuses facts about a target where there is none, or whose layers it does not have."""
+    """Raises UnsupportedError at facts about a target where there is none, or where it lacks the layer."""
     for stage in stages:
         for need in stage.needs():
             if not of_target(need, stage.site):
@@ -37,7 +37,7 @@ def check_target(stages: Sequence[Stage], target: Adapter | None) -> None:
 
 
 def check_states(adapter: Adapter) -> None:
-    """Refuses models with layers that keep a state."""
+    """Raises UnsupportedError at a model with layers that keep a state."""
     if states := len(adapter.lm.layers) - len(adapter.attending):
         raise UnsupportedError(
             f"{adapter.model_type} can neither draft nor be drafted for: {states} of its decoder layers keep a state, "

@@ -1,5 +1,5 @@
-"""Vocabularies of a target and a draft that differ by padding: both mean the same words, and one has more rows behind
-the last. The draft's logits are given the target's size, before anything of transformers reads them."""
+"""Vocabularies of a target and a draft that differ by padding: both mean the same words, and one has further rows after
+them. The draft's logits are brought to the target's size before transformers reads them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def words(model: Any) -> int:
 
 
 def known(ids: Any, own: int) -> Any:
-    """Ids [1, L] as a vocabulary of `own` words can read them: those behind its last, which are padding, become word 0.
+    """Ids [1, L] as a vocabulary of `own` words can read them: ids past its end, which are padding, become word 0.
     What a draft makes of them is a guess like any other."""
     return ids.masked_fill(ids >= own, 0)
 
 
 def resized_logits(size: int) -> Callable[..., Any]:
-    """A forward hook that cuts logits to `size` words, or pads them with words that are never said."""
+    """A forward hook that cuts logits to `size` words, or pads them with the lowest finite value."""
 
     def resize(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
         if not hasattr(out, "logits"):

@@ -23,14 +23,14 @@ OF_LAYER = read_of("encoder layer")
 
 @dataclass
 class EncoderLayer:
-    """What one layer projected of the live patches of a call, and how it attends.
+    """What one layer projected from the live patches of a call, and how it attends.
 
     Attributes:
-        projected: q, k, v -> [ΣM, H, d], those that the facts read; CLS tokens stand in front of their crops.
+        projected: q, k, v -> [ΣM, H, d], only those that the facts read; CLS tokens stand in front of their crops.
         lengths: M_i of every image (padded towers: of every crop).
         bounds: offsets of the segments that attend within themselves; None: the images.
         scale: factor on q . k; cls: whether there are CLS tokens.
-        turn: makes of q and k what the layer multiplies (rotary, a bias on keys); None: nothing.
+        turn: applies to q and k what the layer does before it multiplies them (rotary, a bias on keys); None: nothing.
     """
 
     projected: dict[str, Tensor]
@@ -48,13 +48,13 @@ class EncoderLayer:
 
 
 def projections(facts: Iterable[Fact]) -> list[str]:
-    """What is to be tapped for these facts."""
+    """Names of the projections (q, k, v) to tap for these facts."""
     return sorted({letter for fact in facts for letter in OF_LAYER[fact.name].projections})
 
 
 def compute(fact: Fact, layer: EncoderLayer) -> Tensor:
-    """One fact of one layer for CLS and patches: [ΣM] float32 for attention, [ΣM, H*d] or, head means, [ΣM, d] float32
-    for the others."""
+    """One fact of one layer for CLS and patches: [ΣM] float32 for attention; for keys and values [ΣM, H*d], or
+    [ΣM, d] float32 for their means over heads."""
     return FUNCTIONS[fact.name](layer, fact)
 
 
@@ -118,8 +118,8 @@ def biased(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Te
 
 
 def received_above(q: Tensor, k: Tensor, lengths: Sequence[int], scale: float, above: float, cls: bool) -> Tensor:
-    """[ΣM] attention that each token receives within its segment from the queries that `above` names, see Fact. q, k
-    [ΣM, H, d]. Asks the device once how many queries these are, as they are chosen by what they receive."""
+    """[ΣM] attention that each token receives within its segment from those queries that receive enough themselves,
+    see `above` of Fact. q, k [ΣM, H, d]. Asks the device once how many these are."""
     offsets = offsets_of(lengths, k.device)
     chosen = []
     for segment in mean_received(q, k, offsets, offsets, scale).split(list(lengths)):
@@ -132,7 +132,7 @@ def received_above(q: Tensor, k: Tensor, lengths: Sequence[int], scale: float, a
 
 
 def mean_received(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
-    """[ΣM] what each key receives of the queries [ΣQ, H, d] of its segment, mean over them and the heads."""
+    """[ΣM] attention that each key receives from the queries [ΣQ, H, d] of its segment, their and the heads' mean."""
     total = received_sums(q, k, q_offsets, k_offsets, scale).mean(1)
     return total / q_offsets.diff().clamp(min=1).repeat_interleave(k_offsets.diff(), output_size=len(k))
 

@@ -1,5 +1,5 @@
-"""Around the model's own feature functions: what an encoder call was asked for, and what it gave, in the order the LLM
-sees it.
+"""Around the model's own feature functions: what an encoder call was given, and what it returned, in the order in which
+the LLM sees it.
 
 They are methods, not modules, so there is nothing to hook: each is shadowed on the instance by a function with its
 signature (`generate` inspects it). Since transformers 5.18 `generate` calls them before the model's forward.
@@ -110,8 +110,8 @@ class FeatureHooks:
 
 
 def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:
-    """[ΣN] bool of a mask over patches. A token that the model interpolates is alive where all its sources are, hence
-    NaN for the others."""
+    """[ΣN] bool of a mask over patches. An interpolated token is alive if all its sources are: NaN at patches that are
+    not spreads to it."""
     if alive is None:
         return None
     marks = torch.zeros(alive.shape, device=alive.device).masked_fill(~alive, torch.nan)
@@ -129,7 +129,7 @@ def repacked(
 ) -> tuple[list[StageTrace], Tensor | None]:
     """Traces of stages that saw crops and patches, brought to images and tokens, and the last `absorbed_by`.
 
-    Tokens that the model interpolated stay when all their sources stayed; which of them absorbed which is not known.
+    Tokens that the model interpolated stay if all their sources stayed; which absorbed which is then unknown (None).
     """
     exact = not any(layout.interpolated for layout in call.layouts)
     crops, patches = len(full), full[0]

@@ -1,8 +1,8 @@
-"""In front of the vision tower: which frames of a video its layers see at all.
+"""In front of the vision tower: stages choose the frames of a video that its layers see.
 
 Stages see thumbnails, one row per frame (in packed towers per temporal patch, the two frames that are embedded
-together), so that videos of any resolution can be compared. What they drop never enters the tower's layers; towards the
-rest of the model the frames come back as rows of zeros, like all that is dropped in the encoder.
+together), so that videos of any resolution can be compared. Dropped frames never enter the tower's layers; the
+rest of the model gets rows of zeros in their place, as for all that is dropped in the encoder.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the stages left.
+    """The frames that the stages left.
 
     Attributes:
         frames: per video, how many there were.
-        index: [ΣK] rows of all frames of the call that stay, ascending.
-        steps: per stage its entry of the trace, counted in frames of each video.
+        index: [ΣK] which of all frames of the call stay, ascending.
+        steps: the trace entry of each stage, counted in frames of each video.
     """
 
     frames: tuple[int, ...]
@@ -42,7 +42,7 @@ class Chosen:
 
 
 def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], skipped: Sequence[bool] = ()) -> Chosen:
-    """Lets the stages choose among the frames x [ΣF, D] of videos of so many frames. Those of skipped videos all stay.
+    """Lets the stages choose among x [ΣF, D], of videos with so many `frames` each. Skipped videos keep all.
 
     Raises:
         ValueError: a stage left a video without frames, or merged some.
@@ -60,7 +60,7 @@ def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], skipped: S
 
 
 def chooses(stage: Stage, keep: Keep, one: str = "frame", whole: str = "video") -> Keep:
-    """The decision, if it only chooses, and leaves at least one of every video (picture).
+    """The decision, if it merges nothing and leaves at least one frame (token) of every video (picture).
 
     Raises:
         ValueError: names the stage.
@@ -74,7 +74,7 @@ def chooses(stage: Stage, keep: Keep, one: str = "frame", whole: str = "video") 
 
 
 def thumbnails(frames: Tensor) -> Tensor:
-    """[F, C*SIDE*SIDE] float32: means of frames [F, C, H, W] over a raster of areas."""
+    """[F, C*SIDE*SIDE] float32: frames [F, C, H, W] averaged over SIDE x SIDE areas."""
     return adaptive_avg_pool2d(frames.detach().float(), SIDE).flatten(1)
 
 
@@ -82,7 +82,7 @@ def packed_thumbnails(pixels: Tensor, layouts: Sequence[ImageLayout], side: int,
     """[ΣF, C*SIDE*SIDE] float32 from the patches [P, C*area] of a packed tower.
 
     Args:
-        layouts: of each video; a token of theirs is side x side patches, which follow each other.
+        layouts: of each video; a token is side x side patches, which follow each other.
         area: pixels of a patch, in all frames that it spans.
     """
     colour = pixels.detach().unflatten(1, (-1, area)).mean(2, dtype=torch.float32)
@@ -97,7 +97,7 @@ def packed_thumbnails(pixels: Tensor, layouts: Sequence[ImageLayout], side: int,
 
 
 def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
-    """Enters into the state of a packed tower which tokens are left, and the traces. `unit`: patches of a token."""
+    """Enters into the state of a packed tower the tokens that are left, and the traces. `unit`: patches of a token."""
     each = [layout.tokens // n for layout, n in zip(tower.layouts, chosen.frames, strict=True)]
     device = tower.image.device
     token = tower.history.places
@@ -122,8 +122,8 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
 def traced(
     step: StageTrace, before: Sequence[int], kept: Sequence[Tensor], unit: int, tokens: Sequence[int]
 ) -> StageTrace:
-    """An entry counted in frames, as one in tokens: how many there were, and which are left; with the patches (`unit`
-    to each of `tokens`) that the tower sees of every video."""
+    """A trace entry counted in frames, rewritten in tokens: `before` how many there were, `kept` which are left. The
+    tower sees `unit` patches for each of the `tokens` of every video."""
     return replace(
         step,
         tokens_in=list(before),
@@ -141,8 +141,8 @@ def on_host(parts: Sequence[Tensor]) -> list[list[int]]:
 
 
 def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int, unit: int) -> list[StageTrace]:
-    """Traces where there is nothing to choose: images, whose crops (so many each, of `full` tokens of `unit` patches)
-    are no frames."""
+    """Traces where there is nothing to choose: crops of images (`crops` each, of `full` tokens of `unit` patches) are
+    no frames."""
     counts, kept = [full] * sum(crops), [torch.arange(full)] * sum(crops)
     whole = [torch.arange(1)] * len(crops)
     steps = [StageTrace(s.name, s.site, [], [], whole, stood_aside=STILLS) for s in stages]

@@ -13,7 +13,7 @@ from vtoken.stages import Fact, offsets_of
 
 
 class GridsTower(RowsTower):
-    """See `RowsTower`. What is left lies token by token here, too."""
+    """See `RowsTower`: once anything was dropped, what is left lies token by token here too."""
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         pixels, call = args[0] if args else kwargs["pixel_values"], self.run.call

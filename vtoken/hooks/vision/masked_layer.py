@@ -1,4 +1,4 @@
-"""A layer that hands its attention no mask is made to take one."""
+"""Makes a layer that hands its attention no mask take one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MaskedLayer:
         return forward
 
     def _masked(self, run: Run, mask: Tensor) -> Run:
-        """Runs with the mask at hand."""
+        """`run`, during which `_give` hands attention the mask."""
 
         def masked(*args: Any, **kwargs: Any) -> Any:
             self.local.mask = mask

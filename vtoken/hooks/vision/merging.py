@@ -1,8 +1,8 @@
 """Merging between attention and MLP of a padded tower's layers.
 
 The second norm is handed the merged tokens, so the MLP runs on fewer. Its output is set aside, the layer adds zeros
-to a residual that is still long, and the sum of both takes the place of what the layer returns, before anybody else
-reads it.
+to a residual that is still long, and the merged tokens plus the output set aside take the place of what the layer
+returns, before other hooks read it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Decide = Callable[[Stage, int, Tensor], Tensor]
 
 
 class MergeInLayer:
-    """Installs what lets stages merge inside layers.
+    """Hooks that let stages merge inside layers.
 
     Args:
         layers: of the tower.
         acting: layer -> stages that merge in it.
-        decide: lets a stage decide at a layer, given and returning the padded batch [crops, P, D].
+        decide: lets a stage decide at a layer; takes and returns the padded batch [crops, P, D].
     """
 
     def __init__(
@@ -97,7 +97,7 @@ def move_to_visible_member(tower: Any, call: FeatureCall, pack: Callable[[Featur
     visible = torch.isin(ids, packed.long()).view(len(history.full), -1)
 
     def moves(into: Tensor) -> Tensor:
-        """[crops, full] new place of each place, from who absorbed whom [crops, full]."""
+        """[crops, full] where each place moves to; into: [crops, full] the place that absorbed each, or -1."""
         full = into.shape[1]
         raster_index = torch.arange(full, device=into.device).expand_as(into)
         member = torch.where(visible & (into >= 0), raster_index, full)
@@ -122,5 +122,5 @@ def move_to_visible_member(tower: Any, call: FeatureCall, pack: Callable[[Featur
 
 
 def followed(into: Tensor, to: Tensor) -> Tensor:
-    """`into` [crops, full] when places moved; -1 stays."""
+    """`into` [crops, full] after places moved to `to` [crops, full]; -1 stays."""
     return torch.where(into >= 0, to.gather(1, into.clamp(min=0)), -1)

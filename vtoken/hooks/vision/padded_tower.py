@@ -32,9 +32,9 @@ class Batch:
     """How the live patches of crops lie in a padded batch.
 
     Attributes:
-        counts: of each crop.
-        cls: tokens in front of every crop.
-        width: columns of the batch without CLS, where they are more than those of the fullest crop.
+        counts: live patches of each crop.
+        cls: number of CLS tokens in front of every crop.
+        width: columns of the batch without CLS, where they may be more than the patches of the fullest crop.
     """
 
     counts: tuple[int, ...]
@@ -64,12 +64,12 @@ class Batch:
         return image_of(self.counts, self.device), place_in_image(self.counts, self.device) + self.cls
 
     def of(self, counts: tuple[int, ...]) -> Batch:
-        """Of fewer patches, and of another width: the width tells the two apart."""
+        """The batch of fewer patches, of another width: by their width hidden states tell which of the two they are."""
         return Batch(counts, self.cls, self.device, self.columns + 1 if max(counts) == self.columns else 0)
 
     def mask(self, hidden: Tensor, flash: bool = False, bias: Tensor | None = None) -> Tensor | None:
-        """[crops, 1, 1, P] added to the logits of keys, `bias` among it; for flash attention [crops, P] which keys are
-        real. None when all are alike."""
+        """[crops, 1, 1, P] added to the logits of keys, `bias` [crops, P] included; for flash attention [crops, P], 1
+        at real keys. None without padding and bias."""
         if self.valid is None:
             return None if bias is None else bias.to(hidden)[:, None, None]
         valid = self.valid.to(hidden.device)
@@ -116,9 +116,9 @@ class PaddedState(TowerState):
         bias: [crops, P] float32, what is added to the logits of its keys, or None.
         merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
         nothing: [1, 1, 1] zero, in place of what was merged.
-        chosen: which frames of a video the crops are, or None when they are all that came.
+        chosen: which frames of a video the crops are; None when all crops that were given entered.
         by_unit: whether live patches lie unit by unit (`UnitTower`), not row by row.
-        pooled: the model pools patches ahead of its projector, and was given all of them.
+        pooled: the model pools patches ahead of its projector, and has been given the full shape.
     """
 
     batch: Batch
@@ -191,7 +191,7 @@ class PaddedTower(Tower):
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
     def _of_tokens(self, patches: Tensor) -> Tensor:
-        """[crops, patches, C] row by row -> what belongs to each visual token, [crops, tokens, ...]."""
+        """[crops, patches, C] row by row -> [crops, tokens, ...], the values of each visual token's patches."""
         return patches
 
     def _choose(self, call: FeatureCall, pixels: Tensor) -> tuple[Tensor, frames.Chosen | None, tuple[bool, ...]]:
@@ -265,8 +265,8 @@ class PaddedTower(Tower):
         return None if full is None else full(out)
 
     def _restore(self, features: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What gives values of the live patches [crops, P, C] their full shape, or None where they have it; notes the
-        features."""
+        """The function that gives values of the live patches [crops, P, C] their full shape, None where they have it;
+        notes the features."""
         state, call = self.state, self.run.call
         # A model that makes a token of the CLS as well leaves it in front.
         lead = features.shape[1] - max(state.batch.counts)

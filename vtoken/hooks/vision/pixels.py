@@ -1,4 +1,4 @@
-"""In front of a vision tower of variable length: which tokens of a picture its layers see at all, by their pixels.
+"""In front of a vision tower of variable length: stages choose by pixels the tokens that its layers see.
 
 Stages see every token's pixels. What they drop is embedded and then left out, so that the layers run on the rest, each
 at its own place. Videos keep all their tokens: their frames are chosen at site frames.
@@ -28,8 +28,8 @@ of_pictures = partial(chooses, one="token", whole="picture")
 
 
 def check_pixels(stages: Sequence[Stage], adapter: Any) -> None:
-    """Refuses stages of site pixels where the tower does not take pictures of any size as one sequence, and what would
-    resize pictures twice, or those that have lost tokens.
+    """Refuses stages of site pixels where the tower does not take pictures of any size as one sequence, and one that
+    resizes pictures after another stage of that site.
 
     Raises:
         UnsupportedError: names the stage, the reason and what works.
@@ -57,8 +57,8 @@ def check_pixels(stages: Sequence[Stage], adapter: Any) -> None:
 
 
 def by_channel(pixels: Tensor, unit: int, area: int) -> Tensor:
-    """[ΣN, C*unit*area]: the pixels of each token, channel by channel, of patches [unit*N, C*area] that follow each
-    other."""
+    """[ΣN, C*unit*area]: the pixels of each token, channel by channel; its `unit` patches follow each other in pixels
+    [unit*ΣN, C*area]."""
     return pixels.detach().unflatten(1, (-1, area)).unflatten(0, (-1, unit)).transpose(1, 2).flatten(1)
 
 
@@ -66,7 +66,7 @@ def choose(tower: Any, stages: Sequence[Stage], x: Tensor, still: bool) -> None:
     """Lets the stages choose among the tokens x [ΣN, P] of a packed tower, and enters into its state what is left.
 
     Args:
-        still: they are of pictures, not of videos.
+        still: the tokens are of pictures, not of videos (which keep all).
 
     Raises:
         ValueError: a stage left a picture without tokens, or merged some.

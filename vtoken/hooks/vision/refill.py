@@ -1,8 +1,8 @@
-"""A vision tower that runs on a part of its patches and estimates the others after it.
+"""A vision tower that runs on a part of its patches and estimates the others.
 
-Before layer k a stage chooses patches. What is dropped keeps its value of then, and follows the mean change of the
-nearest patches that stayed. In the next layers attention still sees those estimates while the MLP runs on what stayed;
-later layers run on that alone. Wherever features are read the estimates fill the gaps, so all visual tokens are there.
+Before layer k a stage chooses patches. A dropped patch is estimated as its value before layer k plus the mean change,
+since then, of the nearest patches that stayed. In the next layers attention still sees the estimates while the MLP runs
+on what stayed; later layers run on that alone. Where features are read, estimates fill the gaps: all tokens are there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Estimates:
     Attributes:
         kept, dropped: [K], [R] which patches stay, ascending, and which do not.
         near: [R, n] places in `kept` of the nearest patches, K where an image kept fewer than n.
-        before: [K, D] the kept patches when the others were dropped; frozen: [R, D] the dropped ones.
-        rotary: cos and sin of the kept patches; segments: of them, by name and whether attention is full.
+        before, frozen: [K, D], [R, D] hidden states of the kept and the dropped patches when they were parted.
+        rotary: cos and sin of the kept patches; segments: theirs, by argument name and whether attention is full.
         whole, batch: how all patches, and the kept ones, lie in a padded tower; None in a packed one.
     """
 
@@ -57,7 +57,7 @@ class Estimates:
         return len(self.kept) + len(self.dropped)
 
     def fill(self, rows: Tensor) -> Tensor:
-        """[K, D] what became of the kept patches -> [K + R, D] with estimates of the others."""
+        """[K, D] hidden states of the kept patches now -> [K + R, D] with estimates of the others."""
         change = torch.cat([rows - self.before, rows.new_zeros(1, rows.shape[1])])
         total = sum(change[column] for column in self.near.T)  # never [R, n, D]
         mean = total / (self.near < len(rows)).sum(1, keepdim=True)
@@ -83,12 +83,12 @@ def mlp_of(layer: nn.Module) -> Any:
 
 
 def without_refill(stages: Sequence[Stage]) -> list[Stage]:
-    """Those that drop or merge visual tokens."""
+    """Those stages that drop or merge visual tokens."""
     return [stage for stage in stages if stage.refills() is None]
 
 
 def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any]) -> None:
-    """Installs those that estimate what they drop; `state` returns the tower's state."""
+    """Installs those stages that estimate what they drop; `state` returns the tower's state."""
     for stage in (stage for stage in stages if stage.refills() is not None):
         Refill(context, stage, state)
 
@@ -100,7 +100,7 @@ class Refill:
         state: returns the tower's state.
 
     Raises:
-        UnsupportedError: the tower's layers have no MLP, or other stages or facts of late layers do not go with it.
+        UnsupportedError: a layer of the tower has no known MLP, or other stages or facts of late layers conflict.
     """
 
     def __init__(self, context: Context, stage: Stage, state: Callable[[], Any]) -> None:
@@ -144,7 +144,7 @@ class Refill:
             raise UnsupportedError(f"stage {name} estimates patches inside the vision tower: {why}")
 
     def _batch(self, hidden: Tensor) -> Any:
-        """How the crops of a padded tower lie in these hidden states: their width tells."""
+        """How the crops of a padded tower lie in these hidden states, by their width."""
         found = self.state().estimates
         if found is None:
             return getattr(self.state(), "given", self.state().batch)
@@ -157,7 +157,7 @@ class Refill:
         return self._batch(hidden).patches(hidden)
 
     def _laid_out(self, rows: Tensor, like: Tensor) -> Tensor:
-        """The reverse; CLS is that of `like`."""
+        """The reverse of `_rows`, in the layout of the tower; CLS is taken from `like`."""
         if self.encoder.packed:
             return rows[None] if like.ndim == 3 else rows
         found: Estimates = self.state().estimates
@@ -225,7 +225,7 @@ class Refill:
         state.traces.append(trace_of(stage, state.history.counts, state.history, clock, self.first - 1))
 
     def _estimates(self, rows: Tensor, kept: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Estimates:
-        """Of every image, its dropped patches and their neighbours among its own."""
+        """Finds, image by image, the dropped patches and their nearest kept patches of the same image."""
         gone = torch.ones(len(rows), dtype=torch.bool, device=rows.device).index_fill(0, kept, False)
         dropped = gone.nonzero()[:, 0]
         near, start = [], 0
@@ -252,7 +252,7 @@ class Refill:
         return more
 
     def _segments(self, found: Estimates, name: str, full: bool, old: Any) -> Any:
-        """Bounds of the kept patches of every segment, or the longest; once for layers with as wide an attention."""
+        """Bounds of the kept patches of every segment, or the longest; once each for full attention and windows."""
         if old is None or (name, full) in found.segments:
             return None if old is None else found.segments[name, full]
         if torch.is_tensor(old) and old.ndim:
@@ -264,7 +264,7 @@ class Refill:
         return found.segments[name, full]
 
     def _mask(self, found: Estimates, mask: Tensor) -> Tensor:
-        """[1, 1, P, P] of the patches that stay."""
+        """The mask [1, 1, P, P], cut to the patches that stay."""
         if mask.ndim != 4:
             raise UnsupportedError(
                 f"stage {self.stage.name} cannot shorten the attention mask of this vision tower; load the model with "
@@ -274,26 +274,26 @@ class Refill:
         return mask[:, :, at][..., at]
 
     def _kept(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """What the MLP is given."""
+        """Before the MLP: it is given the kept patches alone."""
         busy = self.state() is not None and self.state().estimates is not None
         return ((self._trim(args[0]), *args[1:]), kwargs) if busy else None
 
     def _spread(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
-        """Zeros for the others, whose rows will be estimated anew."""
+        """After the MLP: zeros at the other patches, which are estimated anew after the layer."""
         if self.state() is None or self.state().estimates is None:
             return None
         rows, found = self._rows(out), self.state().estimates
         return self._laid_out(rows.new_zeros(found.total, rows.shape[1]).index_copy(0, found.kept, rows), out)
 
     def _after(self, k: int, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
-        """Behind a layer: what stayed, or all patches where features are read."""
+        """After a layer: the patches that stayed, or all patches where features are read."""
         if self.state() is None or self.state().estimates is None:
             return None
         rows = self._trim(out) if self._long(out) else out
         return self._fill(rows) if k in self.encoder.feature_layers else rows
 
     def _tapped(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """DeepStack reads a layer in between."""
+        """Before a merger of DeepStack, which reads a layer in between: all patches."""
         state = self.state()
         if state is None or state.estimates is None or self._long(args[0]):
             return None

@@ -1,8 +1,8 @@
 """In front of a vision tower of variable length: pictures are made smaller, and the tower runs on those.
 
-The prompt keeps its length: the smaller picture's tokens take the places of the upper left corner, whose rows and
-columns are theirs, and those of all others are dropped where the language model is entered. What is said after a
-picture then moves up, see `boundary/resized_positions.py`.
+The prompt keeps its length: the smaller picture's tokens take the places of its upper left corner, which have the same
+rows and columns, and all other places are dropped where the language model is entered. What follows a picture then
+moves up, see `boundary/resized_positions.py`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from vtoken.stages import Grid, Keep, Parts, Stage, VisualTokens, place_in_image
 
 @dataclass(frozen=True)
 class Smaller:
-    """What a stage makes of the pictures of a call.
+    """The pictures of a call as a stage resizes them.
 
     Attributes:
-        given: rasters (frames, rows, columns) of each picture, in tokens; wanted: of the smaller one.
+        given, wanted: raster (frames, rows, columns) in tokens of each picture, as given and as resized.
         keep: which of the given tokens [ΣN] the smaller pictures' tokens [ΣM] take the places of.
-        trace: of the stage.
+        trace: entry of the stage.
     """
 
     given: tuple[Grid, ...]
@@ -46,18 +46,18 @@ class Smaller:
 
     @property
     def layouts(self) -> tuple[ImageLayout, ...]:
-        """Of the smaller pictures."""
+        """Layouts of the smaller pictures."""
         each = [torch.arange(t).repeat_interleave(h * w) if t > 1 else None for t, h, w in self.wanted]
         return tuple(ImageLayout(parts, segment) for parts, segment in zip(self.parts, each, strict=True))
 
     @property
     def parts(self) -> tuple[Parts, ...]:
-        """`wanted`, as in VisualTokens."""
+        """`wanted`, as `parts` of VisualTokens."""
         return tuple((grid,) for grid in self.wanted)
 
     def grid(self, side: int, like: Tensor) -> Tensor:
-        """[images, 3] frames, rows and columns in patches, of which a token has side x side; [frames, 3], as the grid
-        that it is to be `like`, where a tower is given every frame of a video."""
+        """[images, 3] frames, rows and columns in patches (side x side to a token), typed as the grid `like`;
+        [frames, 3], one row per frame, where `like` has one per frame."""
         each = [[t, h * side, w * side] for t, h, w in self.wanted]
         if len(like) != len(each):
             each = [[1, *size] for t, *size in each for _ in range(t)]
@@ -65,10 +65,10 @@ class Smaller:
 
 
 def planned(stage: Stage, layouts: Sequence[ImageLayout], skipped: Sequence[bool], device: torch.device) -> Smaller:
-    """Asks the stage how large pictures shall be.
+    """Asks the stage to what sizes it resizes the pictures; skipped ones keep theirs.
 
     Raises:
-        ValueError: what it keeps are not the corners that it says.
+        ValueError: it keeps other numbers of tokens than those sizes have, leaves a picture none, or merges.
     """
     parts, lengths = tuple(layout.parts for layout in layouts), tuple(layout.tokens for layout in layouts)
     wanted = stage.resized(lengths, parts)
@@ -94,10 +94,10 @@ def planned(stage: Stage, layouts: Sequence[ImageLayout], skipped: Sequence[bool
 
 
 def resampled(pixels: Tensor, plan: Smaller, side: int, channels: int, depth: int) -> Tensor:
-    """Patches [P', D] of the smaller pictures, of those [P, D] of the given ones, in the order of a packed tower.
+    """Resamples patches [P, D] of the given pictures to [P', D] of the smaller ones, in the order of a packed tower.
 
-    Bicubic and antialiased, as image processors resample. Overshoot is clipped to the range of the picture's channel,
-    where processors clip to that of an image.
+    Bicubic and antialiased, as image processors resample. Overshoot is clipped to the channel's range in this picture,
+    where processors clip to that of pixel values.
 
     Args:
         side: patches along an edge of a token; depth: frames that a patch spans.
@@ -141,8 +141,8 @@ def put_back(state: Any, plan: Smaller, out: Any) -> Any:
 
 
 def of_given(trace: StageTrace, plan: Smaller, raster: Tensor, lengths: Sequence[int]) -> StageTrace:
-    """An entry about tokens of the smaller pictures, in those of the given ones. `raster` [ΣM]: places of the
-    former, each in its image, among the latter."""
+    """A trace entry about tokens of the smaller pictures, rewritten in tokens of the given ones. `raster` [ΣM]: raster
+    index of each of the former in its given image."""
     each = [place.to(raster.device) for place in trace.kept]
     places = raster.split(plan.keep.lengths)
     kept = [place[k] for place, k in zip(places, each, strict=True)]

@@ -31,8 +31,8 @@ class RowsState(VarlenState):
 
     Attributes:
         patches: [unit*N] place in the whole sequence of each patch, token by token.
-        cut: the sequence holds what a decision left, token by token.
-        bounds: of `GridsTower` only; mask: [1, 1, P, P] of the live patches, None where all see each other.
+        cut: whether the sequence holds only what a decision left, token by token.
+        bounds: for `GridsTower` only; mask: [1, 1, P, P] of the live patches, None where all attend to all.
     """
 
     patches: Tensor
@@ -80,7 +80,7 @@ class RowsTower(VarlenTower):
             self.state.facts[Fact("pixels")] = self._groups(torch.cat(whole)).flatten(1)
 
     def _enter(self, layouts: Sequence[ImageLayout], device: torch.device) -> None:
-        """The state of a call with these images."""
+        """Makes the state of a call with these images."""
         call, full = self.run.call, tuple(layout.tokens for layout in layouts)
         live = torch.arange(sum(full), device=device)
         self.run.tower = state = RowsState(
@@ -139,7 +139,7 @@ class RowsTower(VarlenTower):
         return {**found, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
     def _mask(self, hidden: Tensor) -> Tensor | None:
-        """[1, 1, P, P], 0 within an image; None where there is only one."""
+        """[1, 1, P, P], 0 within an image, the dtype's minimum elsewhere; None where there is only one image."""
         state = self.state
         if len(state.layouts) == 1:
             return None
@@ -164,7 +164,7 @@ class RowsTower(VarlenTower):
         return (args[0], self._one_wide(args[1]), *args[2:]), kwargs
 
     def _one_wide(self, sizes: Any) -> Any:
-        """In place of the sizes that the projector is given: one picture that is a token wide."""
+        """Sizes for the projector in place of its own: one picture, one token wide, of all that is left."""
         edge = self.side * self.adapter.tower.config.patch_size
         return [(len(self.state.live) * edge, edge)]
 
@@ -177,6 +177,6 @@ class RowsTower(VarlenTower):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [P, H, d] with the rotary embedding of its patches, cos and sin [P, d]."""
+    """x [P, H, d] rotated by the rotary embedding of its patches, cos and sin [P, d]."""
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]

@@ -1,5 +1,5 @@
 """Inside a padded tower whose crops have sizes of their own (NaFlex): rows of a batch, padded on the right to a common
-length, which a mask tells.
+length, with a mask.
 
 Patches lie row by row, and squares of them become tokens in the projector, which is called crop by crop. As soon as
 anything is dropped a crop's row is what is left of it, token by token, no longer than that of the fullest crop. Behind
@@ -32,8 +32,8 @@ class SizedState(RowsState):
     """State of one tower call. Until the layers are done every crop is an image of its own.
 
     Attributes:
-        crops: rasters of the crops; `given`: how they came, `batch`: how what is left of them lies.
-        projected: crops that the projector has seen.
+        crops: rasters of the crops; given, batch: how all patches, and the live ones, lie in the padded batch.
+        projected: how many crops the projector has been called for.
     """
 
     crops: Parts
@@ -42,8 +42,8 @@ class SizedState(RowsState):
     projected: int = 0
 
     def left(self) -> tuple[Tensor, Tensor]:
-        """Of the crop that is projected next, counted in it: its tokens that are left [K], and the places of their
-        patches, row by row [K, unit]."""
+        """Of the crop that is projected next: its live tokens [K], and the places [K, unit] of their patches in it,
+        row by row."""
         at, patches = self.projected, self.patches.view(len(self.slot), -1)
         unit = patches.shape[1]
         start = sum(self.batch.counts[:at]) // unit
@@ -108,7 +108,7 @@ class SizedTower(RowsTower):
         handle.after(projector, self._joined)
 
     def _whole(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        """Behind the last layer: full shape again, row by row."""
+        """After the last layer: full shape again, row by row."""
         state = self.state
         if state is None or not state.cut:
             return None
@@ -120,7 +120,7 @@ class SizedTower(RowsTower):
 
     @torch.no_grad()
     def _note_encoded(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        """Behind the tower: features, and what became of the pictures that the crops are of."""
+        """After the tower: notes features, and brings history and traces from crops to pictures."""
         state = self.state
         if state is None:
             return
@@ -160,7 +160,7 @@ def starts_of(lengths: Sequence[int]) -> list[int]:
 
 
 def of_pictures(history: TokenHistory, crops: Sequence[int]) -> TokenHistory:
-    """What became of the crops, as entries of the pictures that have so many `crops` each."""
+    """The history of crops as one of pictures, which have so many `crops` each."""
     device = history.raster_index.device
     start = uploaded([n for full in grouped(history.full, crops) for n in starts_of(full)], device)
     return replace(
@@ -172,7 +172,7 @@ def of_pictures(history: TokenHistory, crops: Sequence[int]) -> TokenHistory:
 
 
 def trace_of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[int]) -> StageTrace:
-    """The same of a trace; `full`: tokens of each crop."""
+    """The same for an entry of the trace; `full`: tokens of each crop."""
     start = [n for each in grouped(full, crops) for n in starts_of(each)]
 
     def kept() -> list[Tensor]:
@@ -191,5 +191,5 @@ def trace_of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[in
 
 
 def grouped(values: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
-    """Runs of so many values."""
+    """Splits values into runs of these sizes."""
     return [list(values[end - n : end]) for n, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -36,12 +36,12 @@ class TowerState(ABC):
     Attributes:
         history: what became of every token (padded towers: patch) of each image (crop).
         skipped: per image (crop), whether it keeps all; empty: none does. `skip_reason`: why no stage acts, or None.
-        taps: q, k, v or qkv -> what the layer at work projected.
-        resized: of pictures that were made smaller for this call, all their rasters; None where none was.
+        taps: q, k, v or qkv -> projection of the layer that runs now.
+        resized: rasters of all pictures of the call, where any was made smaller; None where none was.
         entered: [ΣP, D] what the layer ahead of a refilling stage's cut was given; estimates: what that stage dropped.
-        deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
+        deep: for each tap of DeepStack, which tokens were left there, see `alive`.
         facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 at tokens that were dropped before.
-        read: [ΣK, ...] what was read for stages in the tower, and the `arrangement` of the live tokens then.
+        read: [ΣK, ...] values read off layers, and the `arrangement` of the live tokens then.
         memory: stage (by id) -> its `tokens.memory`; traces: an entry of every stage that acted so far.
     """
 
@@ -78,8 +78,8 @@ class TowerState(ABC):
 
 
 class Tower(ABC):
-    """Installs what the stages ask of the tower; nothing when they ask nothing. When the tower is done, `run.tower`
-    holds what it found.
+    """Installs the hooks that the stages need in the tower; none where they need none. After the tower has run,
+    `run.tower` holds the state of the call.
 
     Raises:
         UnsupportedError: attention facts of a layer whose tokens attend within windows.
@@ -117,7 +117,7 @@ class Tower(ABC):
         self._behind()
 
     def _facts_of_layers(self, wanted: Iterable[Fact]) -> dict[int, set[Fact]]:
-        """Layer -> facts that are read off it."""
+        """Which facts are read off each layer."""
         found: dict[int, set[Fact]] = {layer: set() for layer in range(len(self.encoder.layers))}
         asked = [(fact, fact, "a later stage") for fact in wanted if fact.name in OF_LAYER]
         for layer, acting in self.at.items():
@@ -130,7 +130,7 @@ class Tower(ABC):
         return found
 
     def _stored(self, need: Fact, layer: int) -> Fact:
-        """What a stage that acts after `layer` is given for a fact."""
+        """The fact that a stage acting after `layer` is given for `need`: substituted, its layer counted from 0."""
         name = self.adapter.substitutes.get(need.name, need.name)
         return Fact(name, layer if need.layer is None else need.layer % len(self.encoder.layers), need.above)
 
@@ -172,7 +172,7 @@ class Tower(ABC):
         return (hidden, *args[1:]), {**kwargs, **more}
 
     def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
-        """Lets a stage choose among what is left in the tower's hidden states; returns those that remain."""
+        """Lets a stage choose among the live tokens; returns the hidden states of those that remain."""
         state, device = self.state, hidden.device
         history: TokenHistory = state.history
         if state.skip_reason is not None:
@@ -206,7 +206,7 @@ class Tower(ABC):
         return compute(fact, layer)
 
     def _amend(self, stage: Stage, keep: Keep) -> Keep:
-        """What has to hold of every decision."""
+        """Checks every decision: a packed tower needs at least one token."""
         return leaves_some(stage, keep) if self.encoder.packed else keep
 
     @abstractmethod
@@ -226,14 +226,14 @@ class Tower(ABC):
 
     @abstractmethod
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
-        """What facts are computed of, once the layer's attention has run."""
+        """What facts are computed from, once the layer's attention has run."""
 
     @abstractmethod
     def _per_token(self, value: Tensor) -> Tensor:
-        """[ΣK, ...] of a fact as it was computed."""
+        """[ΣK, ...] per live token, of a fact as it was computed (per patch, with CLS)."""
 
     def _entering(self, layer: int, hidden: Tensor) -> Tensor:
-        """Hidden states that stages and the layer are to see."""
+        """Hidden states of the live tokens, before stages and the layer see them."""
         return hidden
 
     @abstractmethod
@@ -241,7 +241,7 @@ class Tower(ABC):
         """Arguments of the layer that fit what is left."""
 
     def _read(self, fact: Fact) -> Tensor:
-        """[ΣK, ...] what a layer said of the live tokens."""
+        """[ΣK, ...] a fact of the live tokens as a layer gave it, in reading order."""
         values, arrangement = self.state.read[fact]
         if arrangement is self.state.arrangement:
             return self._in_order(values)
@@ -261,11 +261,11 @@ class Tower(ABC):
 
     @abstractmethod
     def _live(self, fact: Tensor) -> Tensor:
-        """[ΣK, ...] of a fact."""
+        """[ΣK, ...] of the live tokens, from a fact in the shape that `restore` gives."""
 
     @abstractmethod
     def _rasters(self) -> tuple[tuple[Parts, ...], Tensor | None]:
-        """Rasters of each image, and [ΣK] segment of each live token (None: one each)."""
+        """Rasters of each image, and [ΣK] segment of each live token (None: one segment per image)."""
 
     @abstractmethod
     def _put_back(self, keep: Keep, values: Tensor, hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from vtoken.hooks.vision.varlen_tower import VarlenTower
 
 
 def tower_of(encoder: Any) -> type[Tower]:
-    """For an adapter's `Encoder`."""
+    """The class for an adapter's `Encoder`."""
     if encoder.packed:
         return RowsTower if encoder.by_rows else GridsTower if encoder.by_grids else VarlenTower
     if encoder.sized:

@@ -3,8 +3,8 @@ shuffle, pooling).
 
 Stages see such units, and whole ones leave. Until then patches lie row by row, as the tower has them; afterwards unit
 by unit, which is the same to its layers. The tower's output gets its full length back, with zeros where patches were
-dropped, because the model joins them by their places. Of a projector that is given units only those that are left are
-computed.
+dropped, because the model joins them by their places. A projector that is given units computes only those that
+are left.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class UnitTower(PaddedTower):
         return (given.flatten(0, 1)[state.history.places.to(given.device)][None], *args[1:]), kwargs
 
     def _projector(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
-        """After it: [crops, units, D] again, zeros where units were dropped."""
+        """After the projector: [crops, units, D] again, zeros where units were dropped."""
         state, call = self.state, self.run.call
         if state is None:
             return None

@@ -37,7 +37,7 @@ class VarlenState(TowerState):
         live: [ΣK] token of each group that is left, in the tower's order.
         rotary: cos and sin of the live patches; bounds: whether attention is full -> cu_seqlens and longest segment of
             the live patches. Both are made again after every drop.
-        plan: the smaller pictures that this is about, where others were given.
+        plan: how pictures were made smaller, where they were: the state is then about the smaller ones.
     """
 
     layouts: tuple[ImageLayout, ...]
@@ -96,13 +96,13 @@ class VarlenTower(Tower):
         return (), {**rest, "hidden_states": pixels, "grid_thw": grid}
 
     def _area(self) -> int:
-        """Pixels of a patch, in all frames that it spans."""
+        """Pixels of a patch in one channel, over all frames that it spans."""
         config = self.adapter.tower.config
         area: int = config.temporal_patch_size * config.patch_size**2
         return area
 
     def _begin(self, pixels: Tensor, grid: Tensor, layouts: tuple[ImageLayout, ...], kwargs: dict) -> None:
-        """The state of a call, before the tower's first layer; frames and tokens are chosen by their pixels."""
+        """Makes the state of a call, before the tower's first layer; frames and tokens are chosen by their pixels."""
         call, device = self.run.call, pixels.device
         full = tuple(layout.tokens for layout in layouts)
         order = self.adapter.order(grid, kwargs)
@@ -124,7 +124,7 @@ class VarlenTower(Tower):
             frames.shorten(state, frames.choose(self.choosers, seen, counts, state.skipped), self.encoder.unit)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        """Behind the tower, of smaller pictures than were given."""
+        """After the tower, where it ran on smaller pictures than were given: full length again."""
         state = self.state
         return None if state is None or state.plan is None else resizing.put_back(state, state.plan, out)
 
@@ -209,7 +209,7 @@ class VarlenTower(Tower):
 
     @torch.no_grad()
     def _left(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Behind the last layer: what its patches hold."""
+        """After the last layer: notes the features."""
         if self.state is not None:
             self.state.facts[Fact("features")] = self.state.restore(self._per_token(args[0]))
 
