@@ -19,8 +19,8 @@ class Anyres(Padded):
     """Crop 0 is the whole picture scaled down; the others are stitched, lose their padding and get a newline token
     after each row.
 
-    What becomes of a token is found by packing channels that hold its row, column and crop, so no packing code is
-    repeated here.
+    Where a token ends up is found by packing channels that hold its row and column, so no packing code is repeated
+    here.
     """
 
     def __init__(self, model: Any) -> None:
@@ -82,12 +82,12 @@ class Anyres(Padded):
         return place
 
     def _laid_out(self, crops: int, size: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> ImageLayout:
-        """Of an image of this (height, width)."""
+        """The layout of an image of `size` (height, width)."""
         (image,) = self._pack([self._places(crops, size)], torch.tensor([size]), dict(options))
         return self._read(image, crops)
 
     def _read(self, image: Tensor, crops: int) -> ImageLayout:
-        """From the packed places [length, 2] of one image."""
+        """The layout of an image whose tokens have these packed places [length, 2]."""
         newline = image[:, 0].isnan()
         content = image[~newline]
         base = (1, self.side, self.side)

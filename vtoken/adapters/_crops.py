@@ -1,4 +1,4 @@
-"""What families share whose crops are rasters of their picture, most of them equal squares of tokens."""
+"""Layouts of pictures whose crops are rasters of tokens, most of them equal squares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vtoken.stages import Parts
 
 
 def of_rasters(crops: Parts) -> ImageLayout:
-    """The layout of a picture of these crops."""
+    """The layout of a picture with these crops."""
     if len(crops) == 1:
         return ImageLayout(crops)
     each = torch.tensor([rows * columns for _, rows, columns in crops])
@@ -22,7 +22,7 @@ def picture(crops: int, side: int) -> ImageLayout:
 
 
 def single_crops(tokens: int, side: int) -> tuple[ImageLayout, ...]:
-    """The layouts of so many placeholders, each crop taken for a picture.
+    """The layouts of so many placeholders, where every crop counts as a picture.
 
     Raises:
         ValueError: they are not whole crops.
