@@ -19,7 +19,7 @@ def pooled(tokens: VisualTokens, sides: Sequence[int]) -> Keep:
     before = accumulate(cells, initial=0)
     cell = torch.cat([_cells(*each) + n for each, n in zip(places, before, strict=False)])
     own = torch.arange(len(cell), device=cell.device)
-    first = torch.full_like(own, len(own))[:1].repeat(sum(cells)).scatter_reduce_(0, cell, own, "amin")
+    first = own.new_full((sum(cells),), len(own)).scatter_reduce_(0, cell, own, "amin")
     lengths = tuple(cells)
     if any(n < size_of(parts) for n, parts in zip(tokens.lengths, tokens.parts, strict=True)):
         lengths = tuple(torch.stack([(each < len(own)).sum() for each in first.split(cells)]).tolist())

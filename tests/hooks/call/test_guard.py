@@ -168,7 +168,7 @@ def test_standing_aside_costs_no_facts(family, stages, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a fact was worked out for nobody")
 
-    for name in ("received", "compute", "one_query"):
+    for name in ("mean_received", "compute", "one_query"):
         monkeypatch.setattr(facts, name, never)
     with vtoken.wrapped(model, {"min_visual_tokens": 1000, "stages": stages}):
         greedy(model, batch)
