@@ -1,4 +1,4 @@
-"""What NeXT and OneVision share: crops of a picture, packed by the model's own `pack_image_features`."""
+"""What LLaVA-NeXT, NeXT-Video and OneVision share: crops, packed by the model's own `pack_image_features`."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Anyres(Padded):
 
 
 def check_pixels(pixels: Any, crops: list[int]) -> None:
-    """Refuses pixels with fewer crops than their sizes ask for.
+    """Refuses pixels with another number of crops than their sizes ask for; [images, crops, ...] may be padded.
 
     Raises:
         ValueError: processor and model choose different grids.

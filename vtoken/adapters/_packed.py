@@ -1,5 +1,5 @@
-"""What the Qwen-VL families share: one packed sequence of patches for all images, 2 x 2 patches merged into a token
-after the tower."""
+"""What the Qwen-VL, GLM-4V and PaddleOCR-VL families share: one packed sequence of patches for all images, and 2 x 2
+patches merged into a token after the tower."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Packed(Adapter):
         self.placeholders = {"image": config.image_token_id, "video": config.video_token_id}
 
     def full_attention(self) -> tuple[int, ...] | None:
-        """As in Encoder."""
+        """The layers where every token attends to all others of its image; None: all of them."""
         return None
 
     def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:

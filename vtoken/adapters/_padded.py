@@ -1,5 +1,5 @@
-"""What LLaVA-1.5, NeXT and OneVision share: a CLIP or SigLIP tower over equal crops, an MLP projector, a decoder of the
-Llama kind."""
+"""What the LLaVA families and DeepSeek-VL share: a CLIP or SigLIP tower over equal crops, an MLP projector, a decoder
+of the Llama kind."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Padded(Adapter):
 
 
 def layers_of(tower: Any) -> Any:
+    """The transformer layers of a CLIP or SigLIP tower."""
     return getattr(tower, "vision_model", tower).encoder.layers
 
 
@@ -74,7 +75,11 @@ def feature_layers(chosen: int | list[int], depth: int) -> tuple[int, ...]:
 
 
 def check_feature_layer(kwargs: dict[str, Any], chosen: int | list[int]) -> None:
-    """Refuses arguments of a call of the model or its tower that name other hidden states than the config's."""
+    """Refuses arguments of a call of the model or its tower that name other hidden states than the config's.
+
+    Raises:
+        UnsupportedError: names both.
+    """
     # The model gets the layer; from 5.18 on the tower does too, as the one hidden state to return.
     for asked in map(kwargs.get, ("vision_feature_layer", "vision_feature_layers", "output_hidden_states")):
         if type(asked) in (int, list, tuple) and (list(asked) if isinstance(asked, tuple) else asked) != chosen:

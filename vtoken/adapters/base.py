@@ -16,7 +16,7 @@ from vtoken.hooks.state.layer_kinds import FULL, SLIDING, kinds_of
 from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout, pixels_of
 from vtoken.stages import FACTS, uploaded
 
-# Attention, full or in sliding windows, and layers without positions, which run on a pruned prompt as on a short one.
+# Attention, full or in sliding windows; layers that use no positions, to which a pruned prompt is a short one.
 KINDS_OF_LAYERS = {FULL, SLIDING, "linear_attention", "conv"}
 
 
