@@ -1,4 +1,4 @@
-"""What LLaVA-1.5, NeXT and OneVision share: a CLIP or SigLIP tower over equal crops, an MLP projector, a decoder of the
+"""What LLaVA and its relatives share: a CLIP or SigLIP tower over equal crops, an MLP projector, a decoder of the
 Llama kind."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 class Padded(Adapter):
     """Finds tower, projector and decoder; `side` is the number of patches along a crop's edge.
 
-    `towers`: types of tower that the family can have -> whether they have a CLS token; `tower_name`: of that for
-    pictures; `projector_name`: of what makes its features visual tokens.
+    `towers`: supported types of tower -> whether they have a CLS token; `tower_name`, `projector_name`: names of the
+    tower for pictures and of its projector in `outer`.
     """
 
     towers: ClassVar[dict[str, bool]] = TOWERS
@@ -60,7 +60,7 @@ def layers_of(tower: Any) -> Any:
 
 
 def feature_layers(chosen: int | list[int], depth: int) -> tuple[int, ...]:
-    """Layers whose outputs are the hidden states `chosen` of a tower of so many layers.
+    """Indices of the layers that output the hidden states `chosen` of a tower of `depth` layers.
 
     Raises:
         UnsupportedError: a hidden state that is no layer's output.
@@ -74,7 +74,7 @@ def feature_layers(chosen: int | list[int], depth: int) -> tuple[int, ...]:
 
 
 def check_feature_layer(kwargs: dict[str, Any], chosen: int | list[int]) -> None:
-    """Refuses arguments of a call of the model or its tower that name other hidden states than the config's."""
+    """Refuses a call of the model or its tower that asks for other hidden states than the config names."""
     # The model gets the layer; from 5.18 on the tower does too, as the one hidden state to return.
     for asked in map(kwargs.get, ("vision_feature_layer", "vision_feature_layers", "output_hidden_states")):
         if type(asked) in (int, list, tuple) and (list(asked) if isinstance(asked, tuple) else asked) != chosen:

@@ -1,5 +1,5 @@
 """LLaVA-1.5: a CLIP or SigLIP tower, an MLP projector and any decoder of the Llama kind. With a Pixtral tower
-(Pixtral-12B) it is another model in all but name."""
+(Pixtral-12B) it has an adapter of its own."""
 
 from __future__ import annotations
 
