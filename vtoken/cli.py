@@ -99,7 +99,7 @@ def _run(module: Any, settings: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    """Runs one command; returns its exit code: 2 bad input (one line on stderr), 130 Ctrl-C, 141 stdout closed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     module: Any = None
     settings: Any = None
@@ -127,5 +127,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _kept(module: Any, settings: Any) -> str:
-    """What an interrupted run has left."""
+    """What an interrupted run has left, in words."""
     return (module.kept(settings) if hasattr(module, "kept") else "") or "nothing was kept"

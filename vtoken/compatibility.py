@@ -97,7 +97,7 @@ def check_stage(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
-    """Refuses facts that do not exist at all, at the site of the stage, or in that layer."""
+    """Refuses facts that are unknown, missing in the family or at the stage's site, or of a layer that is not there."""
     known = dict.fromkeys(spec.name for spec in FACTS)
     if need.name not in known:
         raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(known)}")

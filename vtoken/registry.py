@@ -94,8 +94,8 @@ def _built_in() -> dict[str, str]:
 
 
 def _load(what: str, name: str, built_in: dict[str, str], base: type[Any], names: str) -> tuple[type[Any], str]:
-    """The class called `name`, and a description of who defines it. The class attribute `names` must repeat the
-    name."""
+    """The class called `name`, and a description of who defines it. Its class attribute called `names` must equal
+    `name`."""
     points = _foreign(f"vtoken.{what}s").get(name, [])
     claims = [f"vtoken itself ({built_in[name]}.{name})"] if name in built_in else []
     for point in points:

@@ -1,4 +1,4 @@
-"""The entry points `wrap` and `unwrap`: checks a pipeline against the model and installs only the hooks it needs."""
+"""`wrap`, `unwrap` and their relatives: checks a pipeline against the model and installs only the hooks it needs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def install(context: Context) -> Boundary:
 
 class Session:
     """Everything that one `wrap` installed on one model. A pipeline without stages installs no hooks, unless it is
-    `watched`. `recorded` records, on a target, what its draft reads; a draft is given that as `target`, and the
+    `watched`. On a target, `recorded` records what its draft reads; a draft gets that record as `target`, and the
     target's adapter as `drafts_for`."""
 
     def __init__(
@@ -213,7 +213,7 @@ def unwrap(model: M) -> M:
     A KV cache of a pruned prompt cannot be used afterwards; that raises an error.
 
     Raises:
-        UnsupportedError: the model is not wrapped, has no draft and is none.
+        UnsupportedError: the model is neither wrapped nor one of a pair of draft and target.
         ExceptionGroup: some changes could not be undone; all others were.
     """
     session = session_of(model)
@@ -236,7 +236,7 @@ def wrapped(model: M, pipeline: PipelineLike | None = None) -> Iterator[M]:
 
 @contextmanager
 def watched(model: M, pipeline: PipelineLike | None, *, traced: bool = True) -> Iterator[M]:
-    """As `wrapped`, but a pipeline without stages is also `traced`."""
+    """As `wrapped`; with `traced`, a pipeline without stages is traced too."""
     _install(model, pipeline, watched=traced)
     try:
         yield model

@@ -16,11 +16,11 @@ from vtoken.hooks.state.run import FeatureCall, ImageLayout, tokens_of
 
 
 class Anyres(Padded):
-    """Crop 0 is the whole picture scaled down; the others are stitched, lose their padding and get a newline token
-    after each row.
+    """Crop 0 is the whole picture scaled down; the other crops are stitched, padding is cut off, and a newline token
+    ends each row.
 
-    Where a token ends up is found by packing channels that hold its row and column, so no packing code is repeated
-    here.
+    Where each token ends up is found by packing its row and column as if they were features, so the model's packing
+    code is not repeated here.
     """
 
     def __init__(self, model: Any) -> None:
@@ -54,7 +54,7 @@ class Anyres(Padded):
 
     @abstractmethod
     def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What the model's packing takes besides sizes."""
+        """Further arguments of the model's `pack_image_features`."""
 
     def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
         split = values.split(self.crops(call.arguments))
@@ -69,7 +69,7 @@ class Anyres(Padded):
         return out
 
     def _places(self, crops: int, size: Any) -> Tensor:
-        """[crops, patches, 2]: row and column of every patch in the stitched crops; (-1, 0) in the scaled-down
+        """[crops, patches, 2]: row and column of every patch in the stitched crops; (-1, -1) in the scaled-down
         whole."""
         place = torch.full((crops, self.patches, 2), -1.0)
         if crops > 1:
@@ -82,12 +82,12 @@ class Anyres(Padded):
         return place
 
     def _laid_out(self, crops: int, size: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> ImageLayout:
-        """The layout of an image of `size` (height, width)."""
+        """The layout of an image of `size` (height, width) in `crops` crops."""
         (image,) = self._pack([self._places(crops, size)], torch.tensor([size]), dict(options))
         return self._read(image, crops)
 
     def _read(self, image: Tensor, crops: int) -> ImageLayout:
-        """The layout of an image whose tokens have these packed places [length, 2]."""
+        """The layout that the packed places [length, 2] of one image give; they are NaN at newlines."""
         newline = image[:, 0].isnan()
         content = image[~newline]
         base = (1, self.side, self.side)
@@ -107,7 +107,7 @@ class Anyres(Padded):
 
 
 def check_pixels(pixels: Any, crops: list[int]) -> None:
-    """Refuses pixels with another number of crops than their sizes ask for; [images, crops, ...] may be padded.
+    """Refuses pixels that do not hold the crops that their sizes ask for.
 
     Raises:
         ValueError: processor and model choose different grids.

@@ -1,4 +1,4 @@
-"""Layouts of pictures whose crops are rasters of tokens, most of them equal squares."""
+"""Layouts of pictures whose crops are rasters of their own, most of them equal squares of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vtoken.stages import Parts
 
 
 def of_rasters(crops: Parts) -> ImageLayout:
-    """The layout of a picture with these crops."""
+    """The layout of a picture with these crops (1, rows, columns)."""
     if len(crops) == 1:
         return ImageLayout(crops)
     each = torch.tensor([rows * columns for _, rows, columns in crops])
@@ -17,15 +17,15 @@ def of_rasters(crops: Parts) -> ImageLayout:
 
 
 def picture(crops: int, side: int) -> ImageLayout:
-    """The layout of a picture of so many crops of side x side tokens."""
+    """The layout of a picture with `crops` crops of side x side tokens each."""
     return of_rasters(((1, side, side),) * crops)
 
 
 def single_crops(tokens: int, side: int) -> tuple[ImageLayout, ...]:
-    """The layouts of so many placeholders, where every crop counts as a picture.
+    """The layouts of the crops that fill `tokens` placeholders, each crop as a picture of its own.
 
     Raises:
-        ValueError: they are not whole crops.
+        ValueError: `tokens` is not a whole number of crops.
     """
     crops, rest = divmod(tokens, side**2)
     if rest:

@@ -1,5 +1,5 @@
-"""What the GLM-4V families share: a tower of Qwen's kind, whose 2 x 2 patches a convolution joins before the merger,
-and one placeholder for images and for the frames of videos."""
+"""What the GLM-4V families share: a tower like Qwen's, in which a convolution joins 2 x 2 patches before the merger,
+and one placeholder for both images and video frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vtoken.errors import UnsupportedError
 
 
 class Glm(Packed):
-    """The prompt parts the frames of a video by timestamps; a video is one layout all the same."""
+    """Timestamps separate the frames of a video in the prompt; the video is still one layout."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

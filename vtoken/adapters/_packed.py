@@ -16,8 +16,8 @@ GRIDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_vi
 
 
 class Packed(Adapter):
-    """Finds tower, mergers and decoder. A video is one layout with all its frames, also where the prompt parts them by
-    timestamps."""
+    """Finds tower, mergers and decoder. A video is one layout with all its frames, even where timestamps
+    separate them in the prompt."""
 
     features: ClassVar[dict[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     mrope: ClassVar[bool] = True

@@ -14,8 +14,8 @@ TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 class Padded(Adapter):
     """Finds tower, projector and decoder; `side` is the number of patches along a crop's edge.
 
-    `towers`: types of tower that the family can have -> whether they have a CLS token; `tower_name`: of that for
-    pictures; `projector_name`: of what makes its features visual tokens.
+    `towers`: supported types of tower -> whether they have a CLS token; `tower_name`, `projector_name`: names of the
+    tower for pictures and of its projector in `outer`.
     """
 
     towers: ClassVar[dict[str, bool]] = TOWERS
@@ -61,7 +61,7 @@ def layers_of(tower: Any) -> Any:
 
 
 def feature_layers(chosen: int | list[int], depth: int) -> tuple[int, ...]:
-    """Layers whose outputs are the hidden states `chosen` of a tower of so many layers.
+    """Indices of the layers that output the hidden states `chosen` of a tower of `depth` layers.
 
     Raises:
         UnsupportedError: a hidden state that is no layer's output.

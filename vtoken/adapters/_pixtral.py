@@ -1,5 +1,5 @@
-"""What families with a Pixtral tower share: pictures of their own size row by row in one sequence, and a token of its
-own between the rows of a picture in the prompt."""
+"""What families with a Pixtral tower share: pictures of any size in one sequence, row by row, and in the prompt a
+separator token between the rows of a picture."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Pixtral(Adapter):
         check_feature_layer(kwargs, self.config_layer)
 
     def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None, among: Collection[str] = KINDS) -> Tensor:
-        """The token that parts two rows of a picture is one of its tokens. Its id is not in the config: it stands
-        between image tokens, and is not the one that stands after the last of them, which ends a picture."""
+        """The token between two rows of a picture counts as an image token. Its id is not in the config: it stands
+        between two image tokens and differs from the token behind the prompt's last one, which ends a picture."""
         kinds = super().visual_kinds(ids, embeds, among)
         given = embeds if ids is None else ids
         assert given is not None
@@ -69,7 +69,7 @@ class Pixtral(Adapter):
 
 
 def rows_of(rows: int, columns: int) -> ImageLayout:
-    """A picture with a token between its rows; what ends it is text."""
+    """The layout of a picture with a separator token between its rows; the token that ends the picture is text."""
     if rows == 1:
         return ImageLayout(((1, 1, columns),))
     newline = torch.arange(1, rows * (columns + 1)) % (columns + 1) == 0

@@ -1,5 +1,5 @@
-"""What Idefics3 and SmolVLM share: a picture is cut into crops that text parts in the prompt, the whole after them;
-k x k patches become a token in the connector."""
+"""What Idefics3 and SmolVLM share: a picture is cut into crops, with the whole picture after them and text between
+them in the prompt; the connector joins k x k patches into a token."""
 
 from __future__ import annotations
 

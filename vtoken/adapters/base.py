@@ -36,12 +36,12 @@ class Encoder:
         by_rows: of packed towers, that every image lies in it row by row, and a mask keeps images apart (Pixtral).
         by_grids: of packed towers, that every image lies in it row by row, and a projector joins patches by the grids
             of the images (PaddleOCR-VL).
-        sized: of padded towers, that crops have sizes of their own and are padded to a common length, which a mask
-            tells (NaFlex).
+        sized: of padded towers, that crops have sizes of their own and are padded to a common length, with a mask
+            over the padding (NaFlex).
         unit: patches that become one visual token; in padded towers a square of neighbours.
-        attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers and those row by row).
-        takes_mask: whether a layer is given the mask of its attention; else the attention is (padded towers).
-        twins: further towers built like this one, each with its layers, where every kind of input has its own.
+        attention: name of a layer's attention; taps: names in it of what gives q, k and v (padded, and row by row).
+        takes_mask: whether the layer takes the attention mask; else its attention takes it (padded towers).
+        twins: further towers of the same build, each with its layers, where images and videos have a tower each.
     """
 
     layers: Sequence[Any]
@@ -65,8 +65,8 @@ class Encoder:
     def of(
         layers: Sequence[Any], features: tuple[int, ...] = (), attention: str = "self_attn", **parts: Any
     ) -> Encoder:
-        """Of layers whose attention knows its heads. `features`: feature_layers, the last one if none are given;
-        attention facts are read from the last of them."""
+        """The encoder with these layers, whose attention has num_heads and head_dim. `features`: feature_layers, by
+        default the last layer; attention facts are read from the last of them unless `parts` names a layer."""
         features, first = features or (len(layers) - 1,), getattr(layers[0], attention)
         parts = {"attention_layer": max(features), "attention": attention, **parts}
         return Encoder(layers, first.num_heads, first.head_dim**-0.5, features, **parts)
@@ -83,17 +83,17 @@ class Adapter(ABC):
     Attributes:
         model: the wrapped model.
         outer: the module whose forward sees `input_ids` and the features together.
-        lm: the language model: what it is called with is shortened.
+        lm: the language model, whose inputs are shortened.
         tower: the vision encoder.
         projectors: the modules that bring its features to the LLM's width; the first makes the visual tokens.
         resampler: the module that pools patches by their place before the projector, if there is one (padded towers).
         encoder: the tower's parts.
         patches: patches per crop, CLS not counted (padded towers).
-        behind: the module that is given the patches [P, C] which leave the layers (packed towers).
+        behind: the module that takes the patches [P, C] from the last layer (packed towers).
         stack: the module that runs the layers (padded towers of crops of their own size).
         placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt. Where two kinds have one id,
             what was encoded tells them apart.
-        embedded: the same, of the embedding that is looked for in a prompt without ids.
+        embedded: kind -> id whose embedding stands for its tokens in a prompt without ids.
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest; none by default.
         mrope: whether positions have several axes, which cannot be renumbered.
@@ -206,7 +206,7 @@ class Adapter(ABC):
         return None
 
     def split(self, tokens: int) -> tuple[ImageLayout, ...]:
-        """Layouts of the images that fill `tokens` placeholders of one row, when no encoder call tells.
+        """Layouts of the images that fill `tokens` placeholders of one row, when no encoder call tells their sizes.
 
         Raises:
             UnsupportedError: the number of tokens does not tell how many images they are.
@@ -221,8 +221,8 @@ class Adapter(ABC):
         """Refuses arguments of a call of `outer` or the tower that change which layer the features come from."""
 
     def blocks(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """[B, L] of a call of `outer`: tokens of the same number see each other both ways, -1 at others; None: none
-        do."""
+        """[B, L] of a call of `outer`: tokens with the same number see each other both ways, those with -1 do not;
+        None: none do."""
         return None
 
     def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None, among: Collection[str] = KINDS) -> Tensor:
@@ -248,8 +248,8 @@ class Adapter(ABC):
 
 
 def check_decoder(lm: Any) -> None:
-    """Refuses decoders whose layers would mean something else with tokens dropped, or whose attention the facts do not
-    follow.
+    """Refuses decoders whose layers would compute something else with tokens dropped, or whose attention the facts do
+    not model.
 
     Raises:
         UnsupportedError: chunked or otherwise unusual layers, capped logits or sinks in attention, queries scaled by

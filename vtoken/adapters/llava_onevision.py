@@ -47,7 +47,7 @@ class LlavaOnevision(Anyres):
 
 
 def video_layout(frames: int, side: int) -> ImageLayout:
-    """The layout of a video whose frames have `side` patches along an edge."""
+    """The layout of a video whose frames have side x side patches."""
     side = -(-side // 2)
     tokens = frames * side**2
     newline = torch.arange(tokens + 1) == tokens

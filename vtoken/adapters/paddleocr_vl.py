@@ -1,4 +1,4 @@
-"""PaddleOCR-VL: a tower over pictures of their own size, row by row, and a projector that joins patches 2 x 2."""
+"""PaddleOCR-VL: a tower over pictures of any size, row by row, and a projector that joins patches 2 x 2."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class VideoLlava(Padded):
 
 
 def video_layout(frames: int, side: int) -> ImageLayout:
-    """The layout of a video of so many frames: a CLS token in front of the side x side patches of each."""
+    """The layout of a video: in each frame, a CLS token in front of side x side patches."""
     each = side**2
     cls = torch.arange(frames * (each + 1)) % (each + 1) == 0
     frame = torch.arange(frames).repeat_interleave(each)

@@ -1,4 +1,4 @@
-"""Shared by the examples of several ops, and how close a kernel comes to its definition."""
+"""Inputs that the examples of several ops share, and tolerances between a kernel and its definition."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

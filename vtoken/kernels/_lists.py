@@ -11,8 +11,8 @@ def _list(  # type: ignore[no-untyped-def]
     read, columns, of, lists, counts, blocks, groups, length, offset,
     SIZE: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (query block, head): the blocks it reads, ascending; their number; how many of them all its queries
-    see whole; how many entries of its list of single keys its last query may see."""
+    """Program (query block, head): the blocks it reads, ascending; their number; how many of them are
+    visible to all its queries in full; how many entries of its list of single keys its last query may see."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     at = head * tl.num_programs(0) + tile

@@ -85,8 +85,8 @@ def _cosines(unit: Tensor, best: Tensor) -> Tensor:
 
 
 def _ranks(near: Tensor, worth: Tensor | None) -> Tensor:
-    """[images, longest] the lower, the sooner taken: the cosines `near`, or the distance 1 - near times `worth`; inf
-    stays."""
+    """[images, longest] ranks, the lowest taken first: the cosines `near`, or `worth` times near - 1, which is
+    minus the distance; inf stays."""
     return near if worth is None else torch.where(near < torch.inf, worth * (near - 1).clamp(min=-2), near)
 
 

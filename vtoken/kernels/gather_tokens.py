@@ -28,7 +28,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def alike(tensors: Tensors, take: Callable[[Sequence[Tensor]], list[Tensor]]) -> Tensors:
-    """What `take` makes of all tensors, in the structure in which they are given."""
+    """The results of `take` for all tensors, in the structure (tensor, tuple or list) of `tensors`."""
     if isinstance(tensors, Tensor):
         return take([tensors])[0]
     taken = take(tensors) if tensors else []

@@ -1,4 +1,4 @@
-"""A layer's slots after a cache stage: rows, padded on the left, and the logical position of every slot."""
+"""A layer's cache after a cache stage: its rows, padded on the left, and the logical position of every slot."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vtoken.stages.quantized import QuantizedKV
 
 
 def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotMap:
-    """The slots of a layer that is left with these rows.
+    """The slots of a layer after the stage left it these rows.
 
     Args:
-        before: its slots while it held everything; dense: whether earlier turns left it without padding.
+        before: its slots before the stage dropped any; dense: whether earlier turns left it without padding.
     """
     columns = [row.columns() for row in rows]
     longest, total = max(map(len, columns)), before.logical.shape[1]
@@ -35,12 +35,12 @@ def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotM
 
 
 def prompt_in(row: PromptRow, slots: int) -> slice:
-    """Where the prompt of a row stands among so many slots, which end in the prompt and what follows it."""
+    """Where the prompt of a row stands among `slots` slots, which end with the prompt and its tail."""
     return slice(slots - row.prompt - row.tail, slots - row.tail)
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """The parts one after the other. Nothing is copied where all but one are empty."""
+    """The parts, concatenated. Nothing is copied where all but one are empty."""
     full = [part for part in parts if part.shape[dim]]
     return full[0] if len(full) == 1 else torch.cat(full or list(parts), dim)
 
@@ -49,7 +49,7 @@ def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values
     """Replaces the newest `width` of the keys and values [B, Hk, S, d] of a cache layer by rows; returns the layer.
 
     Args:
-        rows: of each row, what is left of its prompt, and what follows the prompt.
+        rows: of each row, what is left of its prompt, and its tail.
     """
     if not isinstance(cached, QuantizedLayer) and not any(isinstance(piece, QuantizedKV) for piece, _ in rows):
         cached.keys, cached.values = (

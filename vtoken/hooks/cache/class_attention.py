@@ -1,4 +1,4 @@
-"""Attention of a layer whose key heads are in classes: once per class."""
+"""Attention of a layer whose key heads are in classes: computed once per class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(
     """Attention [B, n, H, d] of the newest queries [B, H, n, d] over what each class holds.
 
     Args:
-        attend: attend(q, k, v, mask), the model's own attention, for a class of which all queries see everything.
+        attend: attend(q, k, v, mask), the model's own attention; runs where all queries see all of a class.
         free: as in HeadClass.seen.
     """
     by_key = q.unflatten(1, (sum(each.heads.shape[1] for each in cached.classes), -1))

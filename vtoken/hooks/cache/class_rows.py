@@ -30,8 +30,8 @@ def split(
     """The classes of a layer once the prompt is read.
 
     Args:
-        k, v: [B, Hk, S, d]; the new tokens are the last. Where no head is in a class yet, earlier turns stand in front
-            of them, and stay for good.
+        k, v: [B, Hk, S, d]; the new tokens are the last. Where no head is in a class yet, the tokens of
+            earlier turns stand in front of them, and stay for good.
         before: the classes of earlier turns; None: none yet.
         fresh: which rows were given no pictures before.
     """
@@ -50,7 +50,7 @@ def split(
 def _start(
     like: HeadSlots, decisions: Decisions, c: int, keys: Tensor, values: Tensor, real: Tensor | None
 ) -> HeadClass:
-    """Class number c before the first prompt with pictures: all that earlier turns cached."""
+    """Class number `c` before the first prompt with pictures: it holds all that earlier turns cached."""
     heads = torch.stack([like.heads if d is None else d.classes[c].heads for d in decisions]).to(keys.device)
     keys, values = (t.take_along_dim(heads[..., None, None], 1) for t in (keys, values))
     past = keys.shape[2]
@@ -67,8 +67,8 @@ def _extended(
     v: Tensor,
     fresh: Sequence[bool],
 ) -> HeadClass:
-    """A class after a prompt: with those of the new tokens k, v [B, Hk, n, d] that it keeps. They end in each row's
-    prompt and what follows it."""
+    """Class number `c` after a prompt: what it had, and those of the new tokens k, v [B, Hk, n, d] that it keeps.
+    The new tokens end with each row's prompt and its tail."""
     keys, values = old.own(k), old.own(v)
     fixed, latest = list[Piece](), list[Piece]()
     for r, (row, decision) in enumerate(zip(rows, decisions, strict=True)):
@@ -102,7 +102,7 @@ def _extended(
 
 
 def _gone(rows: Sequence[PromptRow], decisions: Decisions, c: int, width: int, device: torch.device) -> Tensor:
-    """[B, width] which new tokens no head of the class holds."""
+    """[B, width] which new tokens of the prompt no head of class number `c` holds."""
     gone = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
     for out, row, decision in zip(gone, rows, decisions, strict=True):
         if decision is not None:
@@ -114,7 +114,7 @@ def _gone(rows: Sequence[PromptRow], decisions: Decisions, c: int, width: int, d
 
 
 def _parts(head_class: HeadClass, row: int) -> list[Piece]:
-    """What a row of a class holds for good, and for now, without padding."""
+    """What a row of a class holds for good, and what it holds until its window slides on, without padding."""
     out: list[Piece] = []
     for part in (slice(0, head_class.fixed), slice(head_class.fixed, head_class.length)):
         keys, values = head_class.keys[row, :, part], head_class.values[row, :, part]

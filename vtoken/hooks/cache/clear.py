@@ -1,6 +1,6 @@
-"""A cut inside the decoder also takes what it drops out of the caches of earlier layers.
+"""A cut inside the decoder also removes the tokens that it drops from the caches of earlier layers.
 
-Those layers have attended by then, so the first token is as it was; from the second on nothing sees what was dropped.
+Those layers have attended by then, so the first new token is unchanged; later ones see nothing that was dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_cache(stages: Sequence[Stage]) -> None:
 
 
 def check_cleared(stages: Sequence[Stage], config: Any) -> None:
-    """Refuses a cut that clears the caches of earlier layers where those do not hold the prompt slot by slot.
+    """Refuses a cut that clears the caches of earlier layers where these do not hold the prompt token by token.
 
     Args:
         stages: of the pipeline; config: of the decoder.
@@ -60,8 +60,8 @@ def check_cleared(stages: Sequence[Stage], config: Any) -> None:
 
 
 def check_clearing(stage: Stage, flow: PrefillState, attending: Collection[int]) -> None:
-    """Refuses a prefill in which later tokens would read what the cut takes from layers that have run, and caches that
-    cannot lose slots.
+    """Refuses a prefill whose tail has already read what the cut removes from earlier layers, and caches that cannot
+    lose slots.
 
     Raises:
         UnsupportedError: says what to do.
@@ -82,8 +82,8 @@ def check_clearing(stage: Stage, flow: PrefillState, attending: Collection[int])
 
 
 def clear_earlier(flow: PrefillState, attending: Collection[int]) -> None:
-    """Leaves the layers before `flow.clears` with the slots of this prefill that its cut left. A static cache keeps its
-    size, and what left is hidden."""
+    """Removes from the layers before `flow.clears` the slots of this prefill that the cut at that layer dropped. A
+    static cache keeps its size, and these slots are hidden."""
     cache, cut, last = flow.cache, flow.layouts[flow.clears], flow.pending_slots.get(flow.clears)
     if last is None:
         return  # no cache
@@ -114,13 +114,13 @@ def _slots_in(layout: SlotLayout, cut: SlotLayout, length: int) -> Tensor:
 
 
 def _moved(t: Tensor, at: Tensor, width: int) -> Tensor:
-    """[B, H, S + P', d] of keys or values [B, H, S + P, d], of whose last P = `width` slots those `at` [B, P'] stay."""
+    """[B, H, S + P', d] of keys or values [B, H, S + P, d], of whose last P = `width` slots only `at` [B, P'] stay."""
     past = t.shape[2] - width
     return torch.cat([t[:, :, :past], take(t[:, :, past:].transpose(1, 2), at, 1).transpose(1, 2)], 2)
 
 
 def _stays(layout: SlotLayout, cut: SlotLayout, new: Tensor) -> Tensor:
-    """[B, S + P] which slots of the earlier layout hold earlier turns, or what the later one still holds."""
+    """[B, S + P] which slots of the earlier layout hold earlier turns, or tokens that the later layout still has."""
     left = torch.zeros_like(new, dtype=torch.bool).scatter(1, cut.index, cut.valid.bool())
     now = left.gather(1, layout.index)
     before = now.new_ones(len(now), layout.logical.shape[1] - now.shape[1])

@@ -1,9 +1,9 @@
-"""Key heads in classes: what each holds of a prompt, and attention class by class from then on.
+"""Key heads in classes: what each class holds of a prompt, and attention class by class from then on.
 
-A prefill attends as the model does, and then every class keeps its own tokens. Later forwards attend once per class. In
-a turn with pictures, new tokens see what is left and each other; in a decode step, a text turn or a draft, every token
-sees what its window holds, as if tokens came one by one. A row that was given no pictures yet holds everything, as it
-does alone.
+The first prefill with pictures attends as the model does, and then every class keeps its own tokens. Later forwards
+attend once per class. In a turn with pictures, new tokens see what is left and each other; in a decode step, a text
+turn or a draft, every token sees what its window holds, as if tokens came one by one. A row that was given no pictures
+yet holds everything, as it would alone.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class HeadSplitter(CacheShrinker):
     def _decide(
         self, flow: PrefillState, call: AttentionCall, r: int, before: tuple[HeadClass, ...] | None
     ) -> HeadClasses | None:
-        """What the stage says of one row; None where it does not act."""
+        """The stage's decision about one row; None where it does not act."""
         row = prompt_rows(flow)[r]
         here = prompt_in(row, call.k.shape[2])
         keys, values = call.k[r, :, here], call.v[r, :, here]
@@ -96,7 +96,7 @@ class HeadSplitter(CacheShrinker):
             return checked(self.stage, self.compress(layer), len(keys), row.prompt)
 
     def finish(self, flow: PrefillState) -> None:
-        """Enters the decisions into the trace. The slots of every layer are those of a cache that holds everything."""
+        """Enters the decisions into the trace. Slots of a layer stay those of a cache that holds everything."""
         for k, shrunk in sorted(flow.shrunk.items()):
             flow.trace.stages.append(shrunk.trace(self.stage, k))
             flow.trace.cached.append([row.stay for row in shrunk.rows])
@@ -123,7 +123,7 @@ def _mean(decision: HeadClasses) -> int:
 
 
 def changes(decision: HeadClasses, prompt: int) -> bool:
-    """Whether anything of so many tokens leaves, or will leave."""
+    """Whether any of the `prompt` tokens leaves a head, now or once a window slides."""
     kept = [each.stay.shape[1] + each.latest.shape[1] for each in decision.classes]
     return any(n < prompt for n in kept) or any(each.window is not None for each in decision.classes)
 

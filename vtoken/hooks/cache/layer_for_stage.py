@@ -1,4 +1,4 @@
-"""What a cache stage is given of a layer."""
+"""What a cache stage gets to see of a layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layer_for(
     """A layer as the stage sees it; None where the stage does not act.
 
     Args:
-        rows: those that are decided together: one, or several of equal shape.
+        rows: the rows that are decided together: one, or several of equal shape.
         keys, values: [heads, N, d] of their prompts.
     """
     r, row = rows.start, prompt_rows(flow)[rows.start]

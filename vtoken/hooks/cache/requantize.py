@@ -1,4 +1,4 @@
-"""Quantised caches: tokens behind the prompt are quantised too, as soon as there are enough of them."""
+"""Quantised caches: tokens behind the prompt are quantised too, `requantize_every` at a time."""
 
 from __future__ import annotations
 

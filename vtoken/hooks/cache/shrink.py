@@ -1,7 +1,7 @@
 """The KV cache is shrunk as the prefill fills it, layer by layer.
 
 Once a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not keep
-is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (pruned_cache.py);
+is freed at once. Rows are padded on the left to the longest. Logical lengths do not change (pruned_cache.py);
 layers that are left with different numbers of tokens become layer groups of their own.
 """
 
@@ -37,7 +37,7 @@ from vtoken.stages.quantized import QuantizedKV
 
 
 class CacheShrinker:
-    """A tap on every decoder layer with attention; what others keep is a state of fixed size.
+    """A tap on every decoder layer with attention; the others keep a state of fixed size, which does not shrink.
 
     Attributes:
         goes_on: it acts at decode steps too.
@@ -154,8 +154,8 @@ class CacheShrinker:
 def _tails_again(
     flow: PrefillState, rows: list[PromptRow], past: int, call: AttentionCall, kv: tuple[Tensor, Tensor], out: Any
 ) -> Any:
-    """The output of attention, in which what follows the prompt (drafts, an answer) reads what is left of the prompt,
-    as it would in a forward of its own.
+    """The output of attention, with the tail (drafts, an answer) attending to what is left of the prompt, as it would
+    in a forward of its own.
 
     Args:
         past: slots of earlier turns; kv: keys and values [B, Hk, S, d] that are left.
@@ -173,14 +173,14 @@ def _tails_again(
 
 
 def tail_mask(flow: PrefillState, device: torch.device) -> Tensor:
-    """[B, n] of the newest n slots, the longest tail: which follow their row's prompt."""
+    """[B, n] which of the newest n slots belong to the tail of their row; n is the longest tail."""
     new = max(flow.tails)
     return torch.arange(new, device=device) >= new - uploaded(flow.tails, device)[:, None]
 
 
 def with_tails(out: Any, read: Tensor, behind: Tensor) -> Any:
-    """The output of attention with `read` [B, n, H, d] for the newest n queries, of which those `behind` [B, n] follow
-    the prompt; the others are the prompt's own."""
+    """The output of attention with `read` [B, n, H, d] for the newest n queries, where `behind` [B, n] is True;
+    the other queries belong to the prompt and keep their output."""
     new = read.shape[1]
     late = torch.where(behind[..., None, None], read, out[0][:, -new:])
     return torch.cat([out[0][:, :-new], late], 1), *out[1:]
@@ -190,7 +190,7 @@ def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Te
     """Keys and values [Hk, C, d] of a row after the decision.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: the decision does not fit the layer.
     """
     if decision is None:
         return Plain(keys, values)

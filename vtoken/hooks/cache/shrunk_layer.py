@@ -23,8 +23,8 @@ class ShrunkLayer:
 
     Attributes:
         group: first layer of the layer group.
-        rows: of the prompt.
-        kept: per row, slots [Hk, C] of its prompt, or classes of heads; None: everything, or it is not known.
+        rows: the rows of the prompt as they were left.
+        kept: per row, the slots [Hk, C] of its prompt that stay, or classes of heads; None: everything, or not known.
         known: whether it is known which tokens are left.
         live: the visual tokens in front of the layer.
     """
@@ -65,7 +65,7 @@ class ShrunkLayer:
 
 
 def every(kept: Tensor | HeadClasses, prompt: int) -> Tensor:
-    """[Hk, N] which tokens of a prompt every KV head holds."""
+    """[Hk, N] which of the `prompt` tokens each KV head holds."""
     if isinstance(kept, Tensor):
         return torch.zeros(len(kept), prompt, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
     heads = torch.cat([each.heads for each in kept.classes])
