@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   vtoken show llava-hf/llava-1.5-7b-hf fastervlm:64 cat.jpg --question "What is on the table?"
   vtoken show llava-hf/llava-v1.6-vicuna-7b-hf fastervlm:640 cat.jpg     # two rasters: the whole, and the crops
   vtoken show Qwen/Qwen2.5-VL-3B-Instruct my-pipeline.yaml cat.jpg dog.jpg --out both.png
-  vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.mp4 --frames 8   # needs PyAV
+  vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.mp4 --frames 8   # needs PyAV and torchvision
   vtoken show tiny-llava uniform:64 picture.jpg --json | jq '.stages[0].tokens_out'
 """
 

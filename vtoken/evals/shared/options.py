@@ -16,7 +16,7 @@ from vtoken.errors import ConfigError, shown
 
 ImageSize = int | tuple[int, int]
 FRAMES = 8  # of a video, where no other number is asked for
-VIDEO = "a folder of frames, an animated GIF or WebP, MP4 or WebM (needs torchvision)"
+VIDEO = "a folder of frames, an animated GIF or WebP, MP4 or WebM (files need PyAV, all videos torchvision)"
 DATA = (
     "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: "
     "image (path from that file), question, and answer if there is one"
