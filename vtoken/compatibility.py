@@ -15,7 +15,8 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.attention.steering_checks import check_steering, thins
-from vtoken.hooks.cache.clear import check_cache, check_cleared
+from vtoken.hooks.cache.clear import check_cleared
+from vtoken.hooks.cache.shrink import check_cache
 from vtoken.hooks.decode.choose import check_decode
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of

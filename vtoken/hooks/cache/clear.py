@@ -17,26 +17,6 @@ from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of, other_kinds
 from vtoken.hooks.state.left_padding import SlotLayout, take
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.stages import Stage
-from vtoken.stages.cache import CacheStage
-
-
-def check_cache(stages: Sequence[Stage]) -> None:
-    """Refuses stages that cannot shrink a KV cache, and more than one stage that does.
-
-    Raises:
-        UnsupportedError: names the stages.
-    """
-    for stage in stages:
-        if not isinstance(stage, CacheStage):
-            raise UnsupportedError(
-                f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from "
-                "vtoken.stages.CacheStage"
-            )
-    if len(stages) > 1:
-        raise UnsupportedError(
-            f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold "
-            "different tokens, and a second cannot tell text from image; keep one of them"
-        )
 
 
 def check_cleared(stages: Sequence[Stage], config: Any) -> None:

@@ -7,6 +7,7 @@ layers that are left with different numbers of tokens become layer groups of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from vtoken.hooks.state.prompt_rows import prompt_rows
 from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock
-from vtoken.stages import uploaded
+from vtoken.stages import Stage, uploaded
 from vtoken.stages.cache import CacheStage, Decision, HeadClasses, KeepSlots, ReplacedKV
 from vtoken.stages.quantized import QuantizedKV
 
@@ -149,6 +150,25 @@ class CacheShrinker:
             flow.trace.stages.append(shrunk.trace(self.stage, k))
             flow.trace.cached.append([row.stay for row in shrunk.rows])
         flow.pending_slots.update(pending_slots)
+
+
+def check_cache(stages: Sequence[Stage]) -> None:
+    """Refuses stages that cannot shrink a KV cache, and more than one stage that does.
+
+    Raises:
+        UnsupportedError: names the stages.
+    """
+    for stage in stages:
+        if not isinstance(stage, CacheStage):
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from "
+                "vtoken.stages.CacheStage"
+            )
+    if len(stages) > 1:
+        raise UnsupportedError(
+            f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold "
+            "different tokens, and a second cannot tell text from image; keep one of them"
+        )
 
 
 def _tails_again(
